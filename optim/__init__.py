@@ -1,0 +1,1 @@
+"""Run the user's own optimizer over state that is elsewhere."""

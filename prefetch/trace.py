@@ -1,0 +1,64 @@
+"""What one step touched, moment by moment. Plain data: no torch, no I/O, no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+
+class Access(Enum):
+    """How a moment uses a chunk."""
+
+    READ = "read"  # contents needed, left unchanged
+    WRITE = "write"  # contents needed, then changed: the chunk is dirty afterwards
+    FRESH = "fresh"  # contents wholly overwritten: nothing to load, dirty afterwards
+
+
+class Phase(StrEnum):
+    """Parts of a step. Forward and backward may overlap in I/O; update stands behind a barrier."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    UPDATE = "update"
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """One chunk that must be in the fast tier during a moment."""
+
+    chunk: int
+    access: Access
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A point of the step where chunks are needed, and the work until the next moment.
+
+    ``compute_s`` is the time the compute lane works between this moment's needs being met and
+    the next moment. ``other_bytes`` is memory in the fast tier that is not chunks (saved
+    activations, gradients on their way home) at its highest during this moment.
+    """
+
+    phase: Phase
+    needs: tuple[Need, ...]
+    compute_s: float
+    other_bytes: int
+
+    @property
+    def key(self) -> tuple[str, tuple[int, ...]]:
+        """What identifies this moment when a later step is compared with the trace."""
+        return self.phase, tuple(n.chunk for n in self.needs)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One step, cyclic: after the last moment comes the first one of the next step.
+
+    ``chunk_bytes[c]`` is the size of chunk ``c``. ``dead_after[c]`` is the index of the moment
+    after which chunk c's contents are known to be rubbish until its next FRESH access (a
+    gradient after the user's zero_grad); such a chunk is dropped without a write.
+    """
+
+    moments: tuple[Moment, ...]
+    chunk_bytes: tuple[int, ...]
+    dead_after: dict[int, int]

@@ -1,0 +1,1 @@
+"""Bytes and completion: memory, files, lanes. No policy lives here."""

@@ -1,0 +1,99 @@
+"""Plain data about tiers: names, sizes, measured rates. No torch, no I/O."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{p}{s}": 1 << (10 * (i + 1)) for i, p in enumerate("KMGT") for s in ("", "IB")}
+_UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
+
+
+class Tier(StrEnum):
+    """A place that holds bytes. On a CPU-only machine the compute tier is HOST."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of ``8 * 2**30``, ``"8GiB"``, ``"500 MiB"``, ``"1.5GB"`` (decimal) or ``"64M"`` (binary).
+
+    Raises ValueError for anything else, with an example of what is understood.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        if size < 0:
+            raise ValueError(f"a size cannot be negative: {size}")
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError(f"not a size: {size!r}; write an int of bytes or e.g. '8GiB', '500MiB'")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def format_size(size_bytes: float) -> str:
+    """A size for people: GiB from 1 GiB upward, else MiB."""
+    if abs(size_bytes) >= GIB:
+        return f"{size_bytes / GIB:.2f} GiB"
+    return f"{size_bytes / MIB:.1f} MiB"
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of ``multiple`` that is at least ``value``."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What the run may hold in each tier, in bytes. ``None``: that tier is not used."""
+
+    host_bytes: int
+    device_bytes: int | None = None
+    disk_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Measured rates of one machine, bytes per second. Serialisable as JSON.
+
+    The disk's two directions share one drive: ``mixed_*`` are the rates that each direction
+    reaches while the other runs too. Host copies (``copy``) share DRAM with everything.
+    """
+
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    mixed_read_bytes_per_s: float
+    mixed_write_bytes_per_s: float
+    copy_bytes_per_s: float
+    h2d_bytes_per_s: float = 0.0
+    d2h_bytes_per_s: float = 0.0
+    disk_latency_s: float = 1e-4
+
+    def disk_s(self, read_bytes: float, write_bytes: float) -> float:
+        """Least seconds in which the drive can move both, with both directions in flight.
+
+        The drive runs at the joint rates while both directions have work, then the longer
+        direction finishes alone. Never less than an interleaving of the lone rates would
+        need where joint running is a loss: a scheduler may also run them one by one.
+        """
+        alone_s = read_bytes / self.read_bytes_per_s + write_bytes / self.write_bytes_per_s
+        both_s = min(
+            read_bytes / self.mixed_read_bytes_per_s, write_bytes / self.mixed_write_bytes_per_s
+        )
+        rest_read = read_bytes - both_s * self.mixed_read_bytes_per_s
+        rest_write = write_bytes - both_s * self.mixed_write_bytes_per_s
+        joint_s = (
+            both_s + rest_read / self.read_bytes_per_s + rest_write / self.write_bytes_per_s
+        )
+        return min(alone_s, joint_s)
+
+    def to_dict(self) -> dict[str, float]:
+        """The fields as plain numbers, for JSON."""
+        return asdict(self)
