@@ -1,0 +1,236 @@
+"""``offload.wrap`` and its relatives: put a model into its tiers, hand back the same objects."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from offload.bind import Binding, build_family, family_keys
+from offload.config import Given, Size, Tuning, understand
+from offload.engine import Engine
+from offload.errors import BudgetError, OffloadError, SpillError
+from offload.homing import adopt_parameter
+from offload.hooks import Hooks
+from offload.ledger import Ledger
+from offload.optim.clip import GradNorms
+from offload.optim.mirror import OptimizerProfile, profile
+from offload.optim.step import ChunkedStep, Clip
+from offload.prefetch.plan import Plan
+from offload.prefetch.planner import DoesNotFit, plan
+from offload.prefetch.trace import Trace
+from offload.run import Parts, Runtime
+from offload.steps import Kind, Steps
+from offload.tiers.disk import DiskFull, SpillFile
+from offload.tiers.fake import AdversarialLane
+from offload.tiers.frames import FramePool
+from offload.tiers.home import HomeSpace
+from offload.tiers.lane import Lane, ThreadLane
+from offload.tiers.layout import choose_chunk_bytes
+from offload.tiers.probe import cached_probe
+from offload.tiers.spec import Machine, format_size
+from offload.update import UpdateStore
+
+M = TypeVar("M", bound=nn.Module)
+DISK_WORKERS = 2  # per direction: one transfer saturates the disk, a second hides the hand-over
+
+
+class _Handle:
+    """Ties a runtime to its model; a copy of the model does not carry it."""
+
+    def __init__(self, runtime: Runtime | None = None) -> None:
+        self.runtime = runtime
+
+    def __deepcopy__(self, memo: object) -> _Handle:
+        return _Handle()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Handle, ()
+
+
+def runtime(model: nn.Module) -> Runtime:
+    """The run that manages this model. Raises OffloadError when none does."""
+    handle = model.__dict__.get("_offload")
+    if not isinstance(handle, _Handle) or handle.runtime is None:
+        raise OffloadError("this model is not managed: call offload.wrap(model, optimizer) first")
+    return handle.runtime
+
+
+def wrap(
+    model: M,
+    optimizer: Optimizer | None = None,
+    *,
+    device: str | torch.device | None = None,
+    device_memory: Size | None = None,
+    host_memory: Size | None = None,
+    disk: str | os.PathLike[str] | None = None,
+    disk_memory: Size | None = None,
+    max_grad_norm: float | None = None,
+    tuning: Tuning | None = None,
+) -> tuple[M, Optimizer | None]:
+    """Manage a model's weights, gradients and optimizer state in tiers; the same objects return.
+
+    Sizes are ints of bytes or strings such as "8GiB". ``host_memory`` bounds weights, gradients,
+    state, staging and saved activations together; without it 80% of what is free is taken, and
+    said. ``disk`` is a folder for the spill file; without it there is no disk tier.
+    ``max_grad_norm`` clips as ``clip_grad_norm_`` would, sparing a pass over the gradients.
+
+    Raises BudgetError (before anything is moved) when the budgets are too small,
+    CoupledOptimizerError for optimizers that mix parameters, SpillError when the disk is full.
+    """
+    tuning = tuning or Tuning()
+    if "_offload" in model.__dict__:
+        raise OffloadError("this model is managed already: offload.runtime(model).close() first")
+    given = understand(host_memory, disk, disk_memory, device_memory)
+    for line in given.chosen:
+        print(f"offload: {line}", file=sys.stderr)
+    learnt = profile(optimizer) if optimizer is not None else None
+    parts = _build(model, optimizer, learnt, given, tuning)
+    run = Runtime(model, optimizer, parts)
+    _attach(run, learnt, max_grad_norm)
+    model.__dict__["_offload"] = _Handle(run)
+    return model, optimizer
+
+
+def _build(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    learnt: OptimizerProfile | None,
+    given: Given,
+    tuning: Tuning,
+) -> Parts:
+    """Homes for everything, with the weights moved in."""
+    trained = {p for p in learnt.params if p.requires_grad} if learnt is not None else set()
+    state = _mirrored_state(learnt)
+    copies = 2 + len(state)
+    chunk_bytes = tuning.chunk_bytes or choose_chunk_bytes(given.budget.host_bytes, copies)
+    _refuse_hopeless(model, given, chunk_bytes, copies)
+    pool = FramePool(poison=tuning.poison)
+    read, write = _lanes(tuning)
+    try:
+        disk = SpillFile(given.disk, given.budget.disk_bytes, _say) if given.disk else None
+        space = HomeSpace(disk, pool, read, write)
+        families = [
+            build_family(space, named, is_trained, state if is_trained else {}, chunk_bytes)
+            for (_, is_trained), named in family_keys(model, trained).items()
+        ]
+    except DiskFull as error:
+        raise SpillError(str(error.strerror)) from error
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    fixed = space.fixed_bytes + buffers + _plain_state_bytes(learnt, state)
+    ledger = Ledger(given.budget.host_bytes, pool, fixed)
+    if ledger.capacity_bytes < 0:
+        raise _too_small(given, fixed, "weights, gradients and optimizer state")
+    binding = Binding(families)
+    engine = Engine(space, ledger, binding.is_dead)
+    for home in binding.homes.values():
+        adopt_parameter(engine, home)
+    engine.settle()
+    return Parts(engine, binding, Steps(engine, _planner(engine, given, tuning)))
+
+
+def _attach(run: Runtime, learnt: OptimizerProfile | None, max_grad_norm: float | None) -> None:
+    parts, optimizer = run.parts, run.optimizer
+    norms = GradNorms() if max_grad_norm is not None else None
+    parts.hooks = Hooks(
+        run.model, parts.engine, parts.binding, parts.steps, norms.note if norms else None
+    )
+    if optimizer is None or learnt is None:
+        return
+    store = UpdateStore(parts.engine, parts.binding, learnt)
+    clip = None
+    if norms is not None and max_grad_norm is not None:
+        clip = Clip(max_grad_norm, tuple(p for p in run.model.parameters()), norms)
+
+    def begin(*_: object) -> None:
+        parts.steps.begin(Kind.TRAIN)
+
+    def end(*_: object) -> None:
+        parts.steps.end()
+
+    optimizer.register_step_pre_hook(begin)
+    parts.stepper = ChunkedStep(optimizer, learnt, store, clip=clip)
+    optimizer.register_step_post_hook(end)
+
+
+def _lanes(tuning: Tuning) -> tuple[Lane, Lane]:
+    if tuning.adversary is not None:
+        return AdversarialLane(tuning.adversary), AdversarialLane(tuning.adversary + 1)
+    return ThreadLane("read", DISK_WORKERS), ThreadLane("write", DISK_WORKERS)
+
+
+def _planner(engine: Engine, given: Given, tuning: Tuning) -> Any:
+    if not tuning.prefetch or given.disk is None:
+        return None
+    machine: Machine = tuning.machine or cached_probe(given.disk)
+
+    def make(trace: Trace) -> Plan:
+        try:
+            return plan(trace, machine, engine.ledger.capacity_bytes)
+        except DoesNotFit as error:
+            least = error.smallest_bytes + engine.ledger.fixed_bytes
+            raise BudgetError(
+                f"host tier: moment {error.moment} of the step needs "
+                f"{format_size(error.needed_bytes)}; give host_memory of at least "
+                f"{format_size(least)}",
+                tier="host",
+                needed_bytes=least,
+                given_bytes=engine.ledger.budget_bytes,
+                smallest_bytes=least,
+            ) from error
+
+    return make
+
+
+def _mirrored_state(learnt: OptimizerProfile | None) -> dict[str, torch.dtype]:
+    """Names and dtypes of optimizer state that has the shape of its parameter."""
+    found: dict[str, torch.dtype] = {}
+    if learnt is not None:
+        for param, what in learnt.params.items():
+            for tensor in what.state:
+                if tensor.shape == tuple(param.shape):
+                    found.setdefault(tensor.name, tensor.dtype)
+    return found
+
+
+def _plain_state_bytes(learnt: OptimizerProfile | None, state: dict[str, torch.dtype]) -> int:
+    """Optimizer state that stays in memory as plain tensors (factored moments and the like)."""
+    if learnt is None:
+        return 0
+    return sum(
+        t.size_bytes
+        for param, what in learnt.params.items()
+        for t in what.state
+        if t.shape != tuple(param.shape) or t.dtype != state[t.name]
+    )
+
+
+def _refuse_hopeless(model: nn.Module, given: Given, chunk_bytes: int, copies: int) -> None:
+    """Refuse budgets that no plan can meet, before anything is allocated."""
+    if given.disk is None:
+        return
+    largest = max((p.numel() * p.element_size(), n) for n, p in model.named_parameters())
+    least = max(largest[0] + chunk_bytes, copies * chunk_bytes)
+    if given.budget.host_bytes < least:
+        what = f"{largest[1]} ({format_size(largest[0])}), or one update of {copies} chunks,"
+        raise _too_small(given, least, what)
+
+
+def _too_small(given: Given, least: int, what: str) -> BudgetError:
+    remedy = "" if given.disk else ", or a disk=... folder to spill to"
+    return BudgetError(
+        f"host tier: {what} needs {format_size(least)}, but host_memory is "
+        f"{format_size(given.budget.host_bytes)}; give at least {format_size(least)}{remedy}",
+        tier="host",
+        needed_bytes=least,
+        given_bytes=given.budget.host_bytes,
+        smallest_bytes=least,
+    )
+
+
+def _say(line: str) -> None:
+    print(f"offload: {line}", file=sys.stderr)

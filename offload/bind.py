@@ -1,0 +1,143 @@
+"""Binding: which parameter lives in which chunks, and tensors over those homes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from offload.tiers import vm
+from offload.tiers.home import HomeSpace, Region
+from offload.tiers.layout import Layout, lay_out
+
+
+def tensor_at(region: Region, tensor: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor over a home, with ``like``'s shape and (where dense) strides.
+
+    Each call gives a storage of its own, so that saving one tensor saves only its bytes. The
+    storage keeps the region's mapping alive.
+    """
+    dtype = dtype or like.dtype
+    numel = like.numel()
+    if numel == 0:
+        return torch.empty(like.shape, dtype=dtype)
+    buffer = vm.buffer_at(region.address_of(tensor), numel * dtype.itemsize)
+    buffer.mapping = region.mapping  # type: ignore[attr-defined]
+    flat = torch.frombuffer(buffer, dtype=dtype, count=numel)
+    return torch.as_strided(flat, like.shape, dense_strides(like)).detach()
+
+
+def dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """The tensor's strides where it is a dense permutation (channels last), else contiguous."""
+    order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.shape[d]))
+    expected = 1
+    for d in order:
+        if tensor.shape[d] != 1 and tensor.stride(d) != expected:
+            return torch.empty(tensor.shape, device="meta").stride()
+        expected *= tensor.shape[d]
+    return tuple(tensor.stride())
+
+
+@dataclass(slots=True, eq=False)
+class Family:
+    """Parameters of one dtype that are all trained, or all not, laid out in one run.
+
+    ``states[name]`` mirrors the run for one same-shaped optimizer state tensor.
+    """
+
+    names: list[str]
+    params: list[nn.Parameter]
+    trained: bool
+    layout: Layout
+    weights: Region
+    grads: Region | None = None
+    states: dict[str, Region] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Home:
+    """One parameter's place. ``grad`` refers to the gradient tensor over its home, while alive."""
+
+    name: str
+    param: nn.Parameter
+    family: Family
+    index: int
+    weight_chunks: tuple[int, ...]
+    grad_chunks: tuple[int, ...]
+    grad: weakref.ref[Tensor] | None = None
+
+    @property
+    def grad_is_home(self) -> bool:
+        """Whether ``param.grad`` is the tensor over our home: its chunks are worth keeping."""
+        return (
+            self.grad is not None and self.param.grad is not None
+            and self.grad() is self.param.grad
+        )  # fmt: skip
+
+    def new_grad(self) -> Tensor:
+        """A fresh gradient tensor over the home."""
+        assert self.family.grads is not None
+        grad = tensor_at(self.family.grads, self.index, self.param)
+        self.grad = weakref.ref(grad)
+        return grad
+
+
+class Binding:
+    """All families of a model, and the way from a parameter or a chunk to its home."""
+
+    def __init__(self, families: Iterable[Family]) -> None:
+        self.families = list(families)
+        self.homes: dict[nn.Parameter, Home] = {}
+        self._grad_owners: dict[int, list[Home]] = {}
+        for family in self.families:
+            for i, (name, param) in enumerate(zip(family.names, family.params, strict=True)):
+                grads = family.grads.chunks_of(i) if family.grads is not None else ()
+                home = Home(name, param, family, i, family.weights.chunks_of(i), grads)
+                self.homes[param] = home
+                for chunk in grads:
+                    self._grad_owners.setdefault(chunk, []).append(home)
+
+    def is_dead(self, chunk: int) -> bool:
+        """A gradient chunk that no parameter's ``.grad`` refers to any more."""
+        owners = self._grad_owners.get(chunk)
+        return owners is not None and not any(h.grad_is_home for h in owners)
+
+
+def family_keys(
+    model: nn.Module, trained: set[nn.Parameter]
+) -> dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]]:
+    """Parameters of a model by (dtype, trained), in registration order, tied ones once."""
+    keys: dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, param in model.named_parameters():
+        keys.setdefault((param.dtype, param in trained), []).append((name, param))
+    return keys
+
+
+def build_family(
+    space: HomeSpace,
+    named: list[tuple[str, nn.Parameter]],
+    trained: bool,
+    state: dict[str, torch.dtype],
+    chunk_bytes: int,
+) -> Family:
+    """Reserve homes for parameters of one dtype and for all that mirrors them.
+
+    ``state``: name and dtype of each same-shaped optimizer state tensor.
+    """
+    itemsize = named[0][1].dtype.itemsize
+    elements = max(chunk_bytes // itemsize // 4096, 1) * 4096
+    layout = lay_out([p.numel() for _, p in named], elements)
+    family = Family(
+        [n for n, _ in named], [p for _, p in named], trained, layout,
+        space.add_region(f"weights ({named[0][0]}...)", layout, itemsize),
+    )  # fmt: skip
+    if trained:
+        family.grads = space.add_region(f"gradients ({named[0][0]}...)", layout, itemsize)
+        for name, dtype in state.items():
+            family.states[name] = space.add_region(
+                f"{name} ({named[0][0]}...)", layout, dtype.itemsize
+            )
+    return family

@@ -1,0 +1,125 @@
+"""The ``offload`` command. What is slow to import is imported inside the commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from typer import Option
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        "error: the command needs more packages: pip install 'offload[cli]'"
+    ) from missing
+
+from offload import __version__
+from offload.errors import OffloadError
+from offload.runconfig import RunConfig, build_config, key_paths, read_yaml, with_absolute_paths
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train and run models larger than memory, on one machine.",
+)
+
+# Flag name -> key path; a flag is the last part of its key, except where that reads badly.
+FLAGS = {path.rsplit(".", 1)[-1]: path for path in key_paths()} | {"data": "data.path"}
+del FLAGS["path"]
+
+_Text = str | None
+_Whole = int | None
+_Real = float | None
+_Switch = bool | None
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def finetune(
+    context: typer.Context,
+    config: Annotated[_Text, Option(help="YAML file of settings; flags override it.")] = None,
+    model: Annotated[_Text, Option(help="Directory, hub name, or tiny-llama-30m.")] = None,
+    data: Annotated[_Text, Option(help="JSONL or text: a file, directory or glob.")] = None,
+    output: Annotated[_Text, Option(help="Directory for everything this run writes.")] = None,
+    device_memory: Annotated[_Text, Option(help="GPU budget, e.g. 8GiB.")] = None,
+    host_memory: Annotated[_Text, Option(help="RAM budget, e.g. 24GiB.")] = None,
+    disk: Annotated[_Text, Option(help="Directory for what does not fit in RAM.")] = None,
+    disk_memory: Annotated[_Text, Option(help="Disk budget, e.g. 200GiB.")] = None,
+    steps: Annotated[_Whole, Option(help="Optimizer steps in all.")] = None,
+    warmup: Annotated[_Whole, Option(help="Steps of linear warm-up.")] = None,
+    seq_len: Annotated[_Whole, Option(help="Tokens per sequence.")] = None,
+    batch_size: Annotated[_Whole, Option(help="Sequences per micro-batch.")] = None,
+    accumulate: Annotated[_Whole, Option(help="Micro-batches per step.")] = None,
+    eval_fraction: Annotated[_Real, Option(help="Share of the data held out.")] = None,
+    eval_every: Annotated[_Whole, Option(help="Steps between evaluations; 0: none.")] = None,
+    save_every: Annotated[_Whole, Option(help="Steps between checkpoints; 0: none.")] = None,
+    lr: Annotated[_Real, Option(help="Peak learning rate.")] = None,
+    weight_decay: Annotated[_Real, Option(help="AdamW's decay of matrices.")] = None,
+    max_grad_norm: Annotated[_Real, Option(help="Clip gradients to this norm; 0: off.")] = None,
+    dtype: Annotated[_Text, Option(help="Parameters in float32 or bfloat16.")] = None,
+    bf16: Annotated[_Switch, Option("--bf16/--no-bf16", help="Compute in bfloat16.")] = None,
+    gradient_checkpointing: Annotated[
+        _Switch, Option("--gradient-checkpointing/--no-gradient-checkpointing")
+    ] = None,
+    seed: Annotated[_Whole, Option(help="Fixes initial weights, order and dropout.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    as_json: Annotated[bool, Option("--json", help="One JSON object a line on stdout.")] = False,
+) -> None:
+    """Fine-tune a causal language model within memory budgets, resumable at any time."""
+    # Every parameter above is read from the context, by its name.
+    given = {FLAGS[k]: v for k, v in context.params.items() if k in FLAGS and v is not None}
+    _run(effective_config(given, config, resume=resume), resume=resume, as_json=as_json)
+
+
+def effective_config(given: dict[str, Any], yaml_file: str | None, *, resume: bool) -> RunConfig:
+    """Flags over the YAML file over defaults; a resumed run starts from its own ``config.yaml``."""
+    if yaml_file is None and resume:
+        own = Path(build_config(given).output).expanduser() / "config.yaml"
+        yaml_file = str(own) if own.is_file() else None
+    base = read_yaml(Path(yaml_file).expanduser()) if yaml_file else {}
+    return with_absolute_paths(build_config(base | given))
+
+
+def _run(config: RunConfig, *, resume: bool, as_json: bool) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import transformers
+
+    from offload.finetune import finetune
+    from offload.progress import choose_observer
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    observer = choose_observer(as_json=as_json)
+    outcome = finetune(config, resume=resume, observer=observer)
+    observer.event(
+        "stopped" if outcome.stopped_by else "done",
+        {"step": outcome.step, "loss": outcome.loss, "output": config.output},
+    )
+    if outcome.stopped_by:
+        again = f"offload finetune --config {config.output}/config.yaml --resume"
+        observer.note(f"stopped after step {outcome.step}; continue with: {again}")
+        raise typer.Exit(128 + outcome.stopped_by)
+
+
+def main() -> None:
+    """Entry point: what users can mend is one line on stderr and exit status 2."""
+    try:
+        app(standalone_mode=True)
+    except (OffloadError, ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

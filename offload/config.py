@@ -1,0 +1,81 @@
+"""What a run is given: budgets as the user wrote them, and the few internals that tests set."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from offload.errors import OffloadError
+from offload.tiers.spec import Budget, Machine, parse_size
+
+HEADROOM_SHARE = 0.8  # of what is free, when no budget is given
+
+Size = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Internals with good defaults: for tests, benchmarks and the curious.
+
+    ``chunk_bytes``: None chooses from the budget. ``prefetch`` False runs every step on demand.
+    ``machine``: measured rates; None probes once per machine and folder. ``poison`` fills freed
+    frames with NaN. ``adversary``: seed of lanes that complete out of order. ``keep_hooks``:
+    stay in the managed mode although everything fits.
+    """
+
+    chunk_bytes: int | None = None
+    prefetch: bool = True
+    machine: Machine | None = None
+    poison: bool = False
+    adversary: int | None = None
+    keep_hooks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Budgets in bytes and the folder of the disk tier."""
+
+    budget: Budget
+    disk: Path | None
+    chosen: tuple[str, ...]  # budgets that were not given, as lines to tell the user
+
+
+def understand(
+    host_memory: Size | None,
+    disk: str | os.PathLike[str] | None,
+    disk_memory: Size | None,
+    device_memory: Size | None,
+) -> Given:
+    """Parse what ``wrap`` was given; take what is free where nothing was. Raises OffloadError."""
+    try:
+        host = None if host_memory is None else parse_size(host_memory)
+        disk_bytes = None if disk_memory is None else parse_size(disk_memory)
+        device = None if device_memory is None else parse_size(device_memory)
+    except ValueError as error:
+        raise OffloadError(str(error)) from error
+    folder = None if disk is None else Path(disk)
+    if folder is None and disk_bytes:
+        raise OffloadError("disk_memory is given but no disk=... folder to use it in")
+    chosen = []
+    if host is None:
+        host = int(HEADROOM_SHARE * free_memory_bytes())
+        chosen.append(f"host_memory={host} (80% of what is free)")
+    return Given(Budget(host, device, disk_bytes), folder, tuple(chosen))
+
+
+def free_memory_bytes() -> int:
+    """Memory this process may still take: the least of the machine's and its cgroup's."""
+    free = int(psutil.virtual_memory().available)
+    for limit, usage in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):  # fmt: skip
+        try:
+            left = int(Path(limit).read_text()) - int(Path(usage).read_text())
+        except (OSError, ValueError):
+            continue
+        free = min(free, max(left, 0))
+    return free

@@ -1,0 +1,308 @@
+"""The engine: the one owner of residency. Serves what a moment needs and follows the plan.
+
+The steady state is ``need``: issue what the plan has for this moment, wait for what is needed,
+note the moment. Everything else here makes room or keeps the queues moving. All methods run on
+one thread; lane workers only move bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from offload.errors import BudgetError
+from offload.ledger import Ledger
+from offload.prefetch.plan import Ops
+from offload.prefetch.trace import Access, Need, Phase
+from offload.record import Follower, Recorder
+from offload.tiers.home import Backing, Chunk, HomeSpace
+from offload.tiers.spec import format_size
+
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened, for stats and for tests that must know that it did."""
+
+    demand_loads: int = 0
+    planned_loads: int = 0
+    evictions: int = 0
+    forced_evictions: int = 0
+    stall_s: dict[str, float] = field(
+        default_factory=lambda: {"read": 0.0, "write": 0.0, "checksum": 0.0}
+    )
+
+
+class Engine:
+    """Residency of one home space under one ledger.
+
+    ``is_dead``: tells whether a chunk's contents matter to nobody (a cleared gradient).
+    """
+
+    def __init__(
+        self, space: HomeSpace, ledger: Ledger, is_dead: Callable[[int], bool] = lambda _: False
+    ) -> None:
+        self.space = space
+        self.ledger = ledger
+        self.counters = Counters()
+        self.recorder: Recorder | None = None
+        self.follower: Follower | None = None
+        self.is_dead = is_dead
+        self._resident: OrderedDict[int, None] = OrderedDict()  # least recently needed first
+        self._leaving: dict[int, Chunk] = {}  # being written, to be dropped after
+        self._queue: deque[int] = deque()  # planned loads that wait for room
+        self._last: tuple[Need, ...] = ()
+        self.phase = Phase.FORWARD
+
+    # -- the steady state -------------------------------------------------------------------
+
+    def need(self, phase: Phase, needs: tuple[Need, ...]) -> None:
+        """Make chunks resident for the work that follows; raises BudgetError when they cannot be.
+
+        Needs that the present moment has already met make no new moment.
+        """
+        if self._covered(needs):
+            return
+        self.phase = phase
+        if self.recorder is not None:
+            self.recorder.enter()
+        if self.follower is not None:
+            for ops in self.follower.advance(phase, needs):
+                self._issue(ops)
+        self._pump()
+        keep = {n.chunk for n in needs}
+        for need in needs:
+            self._serve(self.space.chunks[need.chunk], need.access, keep)
+        self._pump()
+        self._last = needs
+        if self.recorder is not None:
+            self.recorder.leave(phase, needs, self.ledger.other_bytes)
+
+    def _covered(self, needs: tuple[Need, ...]) -> bool:
+        """Whether the last moment already made all this true (and nothing has been lost since)."""
+        return all(
+            any(n.chunk == m.chunk and (n.access == m.access or n.access is Access.READ)
+                for m in self._last)
+            and n.chunk in self._resident
+            and n.chunk not in self._leaving
+            for n in needs
+        )  # fmt: skip
+
+    def _serve(self, chunk: Chunk, access: Access, keep: set[int]) -> None:
+        if chunk.id in self._leaving:
+            self._stay(chunk)
+        if chunk.loading is not None:
+            self._waiting("read", lambda: self._install(chunk))
+        elif chunk.backing is Backing.FILE and access is not Access.FRESH:
+            self._make_room(chunk.size_bytes, keep)
+            self.counters.demand_loads += 1
+            self._start_load(chunk)
+            self._waiting("read", lambda: self._install(chunk))
+        elif chunk.backing is not Backing.RAM:
+            self._make_room(chunk.size_bytes, keep)
+            self._prepare(chunk)
+            self.space.make_fresh(chunk)
+            self.ledger.see()
+        chunk.dirty |= access is not Access.READ
+        self._resident[chunk.id] = None
+        self._resident.move_to_end(chunk.id)
+
+    def _issue(self, ops: Ops) -> None:
+        for c in ops.drops:
+            if c in self._resident and c not in self._leaving:
+                self._evict(self.space.chunks[c])
+        self._queue.extend(ops.loads)
+
+    def _pump(self) -> None:
+        """Finish evictions whose write is done; start queued loads for which there is room."""
+        for chunk in list(self._leaving.values()):
+            if chunk.saving is not None and chunk.saving.done:
+                self._finish_leaving(chunk)
+        while self._queue:
+            chunk = self.space.chunks[self._queue[0]]
+            if chunk.id in self._leaving:
+                self._stay(chunk)
+            elif chunk.backing is Backing.FILE and chunk.loading is None:
+                if self.ledger.room_bytes < chunk.size_bytes:
+                    return
+                self.counters.planned_loads += 1
+                self._start_load(chunk)
+            self._queue.popleft()
+
+    # -- room -------------------------------------------------------------------------------
+
+    def take_other(self, size_bytes: int, what: str) -> None:
+        """Debit memory that is not chunks, evicting for it. Raises BudgetError."""
+        if self.ledger.room_bytes < size_bytes:
+            self._make_room(size_bytes, {n.chunk for n in self._last}, what)
+        self.ledger.take_other(size_bytes)
+        if self.recorder is not None:
+            self.recorder.see_other(self.ledger.other_bytes)
+
+    def make_room_for(self, size_bytes: int, what: str) -> None:
+        """Evict until so much could be taken. Raises BudgetError."""
+        if self.ledger.room_bytes < size_bytes:
+            self._make_room(size_bytes, {n.chunk for n in self._last}, what)
+
+    def _make_room(self, size_bytes: int, keep: set[int], what: str = "a chunk") -> None:
+        while self.ledger.room_bytes < size_bytes:
+            if self._leaving:
+                chunk = next(iter(self._leaving.values()))
+                self._waiting("write", lambda c=chunk: self._finish_leaving(c))  # type: ignore[misc]
+                continue
+            victim = self._victim(keep)
+            if victim is not None:
+                self.counters.forced_evictions += self.follower is not None
+                self._evict(victim)
+            elif not self._abandon_a_load(keep):
+                self._refuse(size_bytes, keep, what)
+
+    def _victim(self, keep: set[int]) -> Chunk | None:
+        """The resident chunk to lose: furthest next use when a trace is known, else the oldest.
+
+        What the previous moment needed goes last: its operation may still be reading.
+        """
+        recent = {n.chunk for n in self._last}
+        ids = [c for c in self._resident if c not in keep]
+        ids = [c for c in ids if c not in recent] or ids
+        if not ids:
+            return None
+        follower = self.follower
+        best = max(ids, key=follower.next_use) if follower is not None else ids[0]
+        return self.space.chunks[best]
+
+    def _abandon_a_load(self, keep: set[int]) -> bool:
+        """Give up the prefetched copy that is wanted last."""
+        pending = [c for c in self.space.loads() if c.id not in keep]
+        if not pending:
+            return False
+        follower = self.follower
+        chunk = pending[-1] if follower is None else max(
+            pending, key=lambda c: follower.next_use(c.id)
+        )  # fmt: skip
+        self.space.abandon_load(chunk)
+        return True
+
+    def _refuse(self, size_bytes: int, keep: set[int], what: str) -> None:
+        held = sum(self.space.chunks[c].size_bytes for c in keep & self._resident.keys())
+        ledger = self.ledger
+        least = ledger.fixed_bytes + ledger.other_bytes + held + size_bytes
+        raise BudgetError(
+            f"host tier: {what} needs {format_size(size_bytes)} more, but of the budget of "
+            f"{format_size(ledger.budget_bytes)} weights, gradients and state in use take "
+            f"{format_size(held)}, activations and gradients in flight "
+            f"{format_size(ledger.other_bytes)}, fixed memory {format_size(ledger.fixed_bytes)}; "
+            f"this step needs host_memory of at least {format_size(least)}: give that, or use "
+            "a smaller batch or gradient checkpointing",
+            tier="host",
+            needed_bytes=least,
+            given_bytes=ledger.budget_bytes,
+            smallest_bytes=least,
+        )
+
+    # -- single moves -----------------------------------------------------------------------
+
+    def _evict(self, chunk: Chunk) -> None:
+        """Send a resident chunk home: at once where clean or dead, else after its write."""
+        if self.is_dead(chunk.id):
+            self._forget(chunk, dead=True)
+        elif not chunk.dirty and self._waiting("checksum", lambda: self.space.unchanged(chunk)):
+            self._forget(chunk, dead=False)
+        else:
+            self.space.start_save(chunk)
+            self._leaving[chunk.id] = chunk
+
+    def _finish_leaving(self, chunk: Chunk) -> None:
+        self.space.finish_save(chunk)
+        del self._leaving[chunk.id]
+        # Outside the update user code (a hook) may have written since: then it is written again.
+        if self.phase is not Phase.UPDATE and not self.space.unchanged(chunk):
+            chunk.dirty = True
+        if chunk.dirty:
+            self._evict(chunk)
+        else:
+            self._forget(chunk, dead=False)
+
+    def _stay(self, chunk: Chunk) -> None:
+        """A chunk that was to leave is wanted again: let its write end, keep its pages."""
+        self._waiting("write", lambda: self.space.finish_save(chunk))
+        del self._leaving[chunk.id]
+
+    def _forget(self, chunk: Chunk, *, dead: bool) -> None:
+        self.space.drop(chunk, dead=dead)
+        self._resident.pop(chunk.id, None)
+        self.counters.evictions += 1
+
+    def _start_load(self, chunk: Chunk) -> None:
+        self._prepare(chunk)
+        self.space.start_load(chunk)
+        self.ledger.see()
+
+    def _prepare(self, chunk: Chunk) -> None:
+        pool = self.space.pool
+        self.ledger.prepare_frame(chunk.size_bytes, idle=pool.has_idle(chunk.size_bytes))
+
+    def _install(self, chunk: Chunk) -> None:
+        self.space.install(chunk)
+        self._resident[chunk.id] = None
+
+    def _waiting(self, cause: str, work: Callable[[], T]) -> T:
+        """Do something that may block, charging the time to its cause."""
+        start_s = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.counters.stall_s[cause] += time.perf_counter() - start_s
+
+    # -- boundaries -------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Await every write, so that user code runs with no copy of anything in flight."""
+        while self._leaving:
+            chunk = next(iter(self._leaving.values()))
+            self._waiting("write", lambda c=chunk: self._finish_leaving(c))  # type: ignore[misc]
+        self._last = ()
+
+    def begin(self, recorder: Recorder, follower: Follower | None) -> None:
+        """A step begins, recorded, and planned where a plan is known."""
+        self.recorder, self.follower = recorder, follower
+        self._queue.clear()
+        self._last = ()
+        if follower is None:
+            return
+        follower.restart()
+        keep = follower.plan.resident_at_start
+        for c in [c for c in self._resident if c not in keep and c not in self._leaving]:
+            self._evict(self.space.chunks[c])
+        # What the plan has in memory from the step before, but is not there (a first replay).
+        missing = [c for c in keep if self.space.chunks[c].backing is Backing.FILE]
+        self._queue.extend(sorted(missing, key=follower.next_use))
+        self._pump()
+
+    def finish(self) -> None:
+        """A step ends: what the plan still wants is issued, writes are awaited."""
+        if self.follower is not None:
+            for ops in self.follower.rest():
+                self._issue(ops)
+        self._pump()
+        self.settle()
+        self._pump()
+
+    def evict(self, chunks: Iterable[int]) -> None:
+        """Send these chunks home now (for tests, and for a device tier that needs the room)."""
+        for c in chunks:
+            if c in self._resident and c not in self._leaving:
+                self._evict(self.space.chunks[c])
+        self.settle()
+
+    def forget_gone(self) -> None:
+        """Bring everything in flight to rest, without evicting: before closing or re-planning."""
+        self._queue.clear()
+        for chunk in list(self.space.loads()):
+            self._install(chunk)
+        self.settle()

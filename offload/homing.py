@@ -1,0 +1,50 @@
+"""Moving parameters into their homes, and out again as plain tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from offload.bind import Binding, Home, tensor_at
+from offload.engine import Engine
+from offload.prefetch.trace import Access, Need, Phase
+from offload.tiers.home import Backing, Region
+
+
+def adopt_parameter(engine: Engine, home: Home) -> None:
+    """Copy one parameter into its home, chunk by chunk, and point it there."""
+    param = home.param
+    target = tensor_at(home.family.weights, home.index, param)
+    copy_into(engine, home.family.weights, home.index, target, param.detach())
+    param.data = target
+
+
+def copy_into(engine: Engine, region: Region, tensor: int, target: Tensor, source: Tensor) -> None:
+    """Copy source [any shape] over a homed tensor of the same shape, one chunk at a time."""
+    ids = region.chunks_of(tensor)
+    if len(ids) == 1 or not (target.is_contiguous() and source.is_contiguous()):
+        engine.need(Phase.FORWARD, tuple(_overwrite(engine, c) for c in ids))
+        target.copy_(source)
+        return
+    start = region.layout.starts[tensor]
+    to, of = target.view(-1), source.reshape(-1)
+    for c in ids:
+        lo, hi = region.layout.chunk_range(c - region.chunk_ids.start)
+        a, b = max(lo - start, 0), min(hi - start, target.numel())
+        engine.need(Phase.FORWARD, (_overwrite(engine, c),))
+        to[a:b].copy_(of[a:b])
+
+
+def _overwrite(engine: Engine, chunk: int) -> Need:
+    """A chunk that nothing was put in yet needs no reading; one shared with a neighbour does."""
+    void = engine.space.chunks[chunk].backing is Backing.VOID
+    return Need(chunk, Access.FRESH if void else Access.WRITE)
+
+
+def release_all(binding: Binding) -> None:
+    """Give every parameter and gradient plain memory again. The whole model must fit."""
+    for home in binding.homes.values():
+        home.param.data = home.param.detach().clone(memory_format=torch.preserve_format)
+        if home.grad_is_home:
+            assert home.param.grad is not None
+            home.param.grad = home.param.grad.clone(memory_format=torch.preserve_format)

@@ -1,0 +1,199 @@
+"""Hooks on modules, parameters and saved tensors: they turn what happens into engine calls.
+
+Copies and pickles of a hooked model carry inert hooks: a deep copy is a plain model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from offload.bind import Binding, Home
+from offload.engine import Engine
+from offload.errors import OffloadError
+from offload.guard import AllocationGuard
+from offload.prefetch.trace import Access, Need, Phase
+from offload.saved import Activations, SavedTensors
+from offload.steps import Kind, Steps
+
+
+def inert(*_: object) -> None:
+    """What a hook becomes in a copy."""
+
+
+class Hook:
+    """A callable that does not survive copying: copies do nothing."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __deepcopy__(self, memo: object) -> Callable[..., None]:
+        return inert
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return _make_inert, ()
+
+
+def _make_inert() -> Callable[..., None]:
+    return inert
+
+
+class Hooks:
+    """All hooks of one wrapped model, for homes at fixed addresses (the CPU path)."""
+
+    def __init__(
+        self, model: nn.Module, engine: Engine, binding: Binding, steps: Steps,
+        on_grad: Callable[[nn.Parameter], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._engine = engine
+        self._binding = binding
+        self._steps = steps
+        self._on_grad = on_grad
+        self._contexts: list[Any] = []
+        self._in_backward = False
+        self._rng: Tensor | None = None
+        activations = Activations(engine.take_other, engine.ledger.give_other)
+        self._saved = SavedTensors(engine.space.chunks_at, self._unpacked, activations)
+        self._handles = self._attach(model)
+
+    def remove(self) -> None:
+        """Detach everything."""
+        self._leave_contexts()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _attach(self, model: nn.Module) -> list[RemovableHandle]:
+        handles = [
+            model.register_forward_pre_hook(Hook(self._enter_root), prepend=True),
+            model.register_forward_hook(Hook(self._leave_root), always_call=True),
+        ]
+        homes = self._binding.homes
+        for module in model.modules():
+            direct = [homes[p] for p in module.parameters(recurse=False) if p in homes]
+            if direct and not isinstance(module, nn.Embedding):
+                chunks = sorted({c for h in direct for c in h.weight_chunks})
+                needs = tuple(Need(c, Access.READ) for c in chunks)
+                handles.append(module.register_forward_pre_hook(Hook(self._unit(needs))))
+        for home in homes.values():
+            if home.family.trained:
+                before, after = self._gradient(home)
+                handles.append(home.param.register_hook(Hook(before)))
+                handles.append(home.param.register_post_accumulate_grad_hook(Hook(after)))
+        return handles
+
+    # -- forward ----------------------------------------------------------------------------
+
+    def _enter_root(self, module: nn.Module, args: object) -> None:
+        self._leave_contexts()  # an interrupt may have skipped the last leave
+        kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
+        recorded = self._steps.begin(kind)
+        self._in_backward = False
+        if kind is Kind.TRAIN:
+            self._push(torch.autograd.graph.saved_tensors_hooks(
+                self._saved.pack, self._saved.unpack
+            ))  # fmt: skip
+        if recorded:
+            self._rng = torch.get_rng_state()
+            self._push(AllocationGuard(self._foresee))
+
+    def _leave_root(self, module: nn.Module, args: object, output: object) -> None:
+        self._leave_contexts()
+        if self._steps.current is Kind.INFER:
+            self._steps.end()
+        else:
+            self._engine.settle()
+
+    def _unit(self, needs: tuple[Need, ...]) -> Callable[..., None]:
+        def enter(module: nn.Module, args: object) -> None:
+            phase = Phase.BACKWARD if self._in_backward else Phase.FORWARD
+            self._engine.need(phase, needs)
+
+        return enter
+
+    def _foresee(self, size_bytes: int, operation: str) -> None:
+        engine = self._engine
+        try:
+            engine.make_room_for(size_bytes, f"the result of {operation}")
+        except OffloadError:
+            if self._rng is not None:
+                torch.set_rng_state(self._rng)
+            raise
+        if engine.recorder is not None:
+            engine.recorder.see_other(engine.ledger.other_bytes + size_bytes)
+
+    # -- backward ---------------------------------------------------------------------------
+
+    def _unpacked(self, chunks: tuple[int, ...]) -> None:
+        self._in_backward = True
+        self._engine.need(Phase.BACKWARD, tuple(Need(c, Access.READ) for c in chunks))
+
+    def _gradient(self, home: Home) -> tuple[Callable[..., None], Callable[..., None]]:
+        engine, binding = self._engine, self._binding
+        size_bytes = home.param.numel() * home.param.element_size()
+        whole = tuple(Need(c, Access.WRITE) for c in home.grad_chunks)
+
+        def before(grad: Tensor) -> None:
+            self._in_backward = True
+            if grad.is_sparse:
+                raise OffloadError(
+                    f"{home.name} has a sparse gradient, which has no home: build the embedding "
+                    "with sparse=False"
+                )
+            engine.take_other(size_bytes, f"the gradient of {home.name}")
+            if home.grad_is_home:  # about to be added to in place
+                engine.need(Phase.BACKWARD, whole)
+
+        def after(param: Tensor) -> None:
+            if param.grad is not None and not home.grad_is_home:
+                settle_gradient(engine, binding, home)
+            engine.ledger.give_other(size_bytes)
+            if self._on_grad is not None:
+                self._on_grad(home.param)
+
+        return before, after
+
+    # -- contexts ---------------------------------------------------------------------------
+
+    def _push(self, context: Any) -> None:
+        context.__enter__()
+        self._contexts.append(context)
+
+    def _leave_contexts(self) -> None:
+        while self._contexts:
+            self._contexts.pop().__exit__(None, None, None)
+
+
+def settle_gradient(engine: Engine, binding: Binding, home: Home) -> None:
+    """Move a gradient that autograd has just made into its home; ``.grad`` is then the home."""
+    made = home.param.grad
+    region = home.family.grads
+    assert made is not None
+    assert region is not None
+    held = home.grad() if home.grad is not None else None
+    if held is not None:  # the user kept last step's tensor: it gets memory of its own
+        held.data = held.detach().clone()
+    target = home.new_grad()
+    split = len(home.grad_chunks) > 1 and target.is_contiguous() and made.is_contiguous()
+    groups = [(c,) for c in home.grad_chunks] if split else [home.grad_chunks]
+    start = region.layout.starts[home.index]
+    # A chunk of cleared gradients need not be read. Decided before `.grad` makes it live.
+    access = {c: Access.FRESH if binding.is_dead(c) else Access.WRITE for c in home.grad_chunks}
+    home.param.grad = target
+    for group in groups:
+        engine.need(Phase.BACKWARD, tuple(Need(c, access[c]) for c in group))
+        if split:
+            lo, hi = region.layout.chunk_range(group[0] - region.chunk_ids.start)
+            a, b = max(lo - start, 0), min(hi - start, target.numel())
+            target.view(-1)[a:b].copy_(made.view(-1)[a:b])
+        else:
+            target.copy_(made)

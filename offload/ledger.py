@@ -1,0 +1,57 @@
+"""The host tier's one byte account: nothing takes memory that was not debited here first."""
+
+from __future__ import annotations
+
+from offload.tiers.frames import FramePool
+
+
+class Ledger:
+    """Chunks' frames, fixed regions, and what is not chunks, against one budget in bytes."""
+
+    def __init__(self, budget_bytes: int, pool: FramePool, fixed_bytes: int = 0) -> None:
+        self.budget_bytes = budget_bytes
+        self.fixed_bytes = fixed_bytes
+        self.other_bytes = 0
+        self.peak_bytes = 0
+        self.peak_other_bytes = 0
+        self._pool = pool
+
+    @property
+    def used_bytes(self) -> int:
+        """What is held now, idle frames included."""
+        return self._pool.total_bytes + self.fixed_bytes + self.other_bytes
+
+    @property
+    def room_bytes(self) -> int:
+        """What could still be taken: idle frames are reused or freed."""
+        return self.budget_bytes - self.used_bytes + self._pool.idle_bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What chunks and other memory may take together."""
+        return self.budget_bytes - self.fixed_bytes
+
+    def prepare_frame(self, size_bytes: int, *, idle: bool) -> None:
+        """Make sure that taking a frame of this size keeps within the budget."""
+        if not idle:
+            self._trim(size_bytes, sparing=size_bytes)
+
+    def take_other(self, size_bytes: int) -> None:
+        """Debit memory that is not chunks. There must be room."""
+        self._trim(size_bytes)
+        self.other_bytes += size_bytes
+        self.peak_other_bytes = max(self.peak_other_bytes, self.other_bytes)
+        self.see()
+
+    def give_other(self, size_bytes: int) -> None:
+        """Credit it back."""
+        self.other_bytes -= size_bytes
+
+    def see(self) -> None:
+        """Note the present use for the peak."""
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+    def _trim(self, size_bytes: int, sparing: int = 0) -> None:
+        over_bytes = self.used_bytes + size_bytes - self.budget_bytes
+        if over_bytes > 0:
+            self._pool.trim(max(self._pool.idle_bytes - over_bytes, 0), sparing=sparing)

@@ -1,0 +1,186 @@
+"""What a run shows while it works: a live panel on a terminal, plain lines elsewhere, or JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections import deque
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from offload.tiers.spec import format_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from offload.metrics import StepReport
+
+_ETA_WINDOW = 20
+
+
+class Observer(Protocol):
+    """Who is told about a run. Every call comes from the training thread."""
+
+    def begin(self, first_step: int, last_step: int) -> None: ...
+
+    def step(self, report: StepReport) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def event(self, name: str, values: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Remaining:
+    """Seconds left, from the median of recent steps: a checkpoint does not disturb it."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=_ETA_WINDOW)
+        self.last_step = 0
+
+    def after(self, report: StepReport) -> float:
+        self._recent.append(report.step_s)
+        return statistics.median(self._recent) * (self.last_step - report.step)
+
+
+def duration(seconds: float) -> str:
+    """``75`` -> ``1:15``; hours only when there are some."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def bound_text(report: StepReport) -> str:
+    """``1.20 s/step (1.08 x bound)``, or without the bound while it is not known."""
+    if not report.bound_s:
+        return f"{report.step_s:.2f} s/step"
+    return f"{report.step_s:.2f} s/step ({report.step_s / report.bound_s:.2f} x bound)"
+
+
+def tiers_text(report: StepReport) -> str:
+    """``host 96.0 MiB, disk 354.0 MiB``."""
+    held = (f"{tier} {format_size(size)}" for tier, size in report.tier_bytes.items() if size)
+    return ", ".join(held)
+
+
+def step_line(report: StepReport, last_step: int, remaining_s: float) -> str:
+    """One step as one plain line."""
+    parts = [
+        f"step {report.step:>{len(str(last_step))}}/{last_step}",
+        f"loss {report.loss:.4f}",
+        f"lr {report.lr:.2e}",
+        f"{report.tokens_per_s:,.0f} tok/s",
+        bound_text(report),
+        tiers_text(report),
+        f"left {duration(remaining_s)}",
+    ]
+    if report.eval_loss is not None:
+        parts.insert(2, f"eval loss {report.eval_loss:.4f}")
+    return "  ".join(part for part in parts if part)
+
+
+class PlainProgress:
+    """One line a step, flushed, for logs and pipes."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._remaining = _Remaining()
+
+    def begin(self, first_step: int, last_step: int) -> None:
+        self._remaining.last_step = last_step
+
+    def step(self, report: StepReport) -> None:
+        left_s = self._remaining.after(report)
+        self.note(step_line(report, self._remaining.last_step, left_s))
+
+    def note(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def event(self, name: str, values: dict[str, Any]) -> None:
+        """Nothing: events are for programs."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class JsonProgress:
+    """One JSON object a line: ``{"event": "step", ...}``; notes go to stderr."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stdout
+
+    def begin(self, first_step: int, last_step: int) -> None:
+        self.event("begin", {"first_step": first_step, "last_step": last_step})
+
+    def step(self, report: StepReport) -> None:
+        self.event("step", report.to_dict())
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def event(self, name: str, values: dict[str, Any]) -> None:
+        print(json.dumps({"event": name} | values), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class LiveProgress:
+    """A panel that redraws in place: bar, loss, rate, step against its bound, tiers, time left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = Console()
+        self._live = Live(console=self._console, auto_refresh=False)
+        self._remaining = _Remaining()
+        self._eval_loss: float | None = None
+
+    def begin(self, first_step: int, last_step: int) -> None:
+        self._remaining.last_step = last_step
+        self._live.start()
+
+    def step(self, report: StepReport) -> None:
+        if report.eval_loss is not None:
+            self._eval_loss = report.eval_loss
+        self._live.update(self._panel(report, self._remaining.after(report)), refresh=True)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)
+
+    def event(self, name: str, values: dict[str, Any]) -> None:
+        """Nothing: events are for programs."""
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _panel(self, report: StepReport, remaining_s: float) -> Table:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        last_step = self._remaining.last_step
+        loss = f"{report.loss:.4f}"
+        if self._eval_loss is not None:
+            loss += f"  (held out {self._eval_loss:.4f})"
+        panel = Table.grid(padding=(0, 2))
+        panel.add_row(
+            f"step {report.step}/{last_step}",
+            ProgressBar(total=last_step, completed=report.step, width=40),
+            f"left {duration(remaining_s)}",
+        )
+        panel.add_row("loss", loss, f"lr {report.lr:.2e}")
+        panel.add_row("speed", f"{report.tokens_per_s:,.0f} tokens/s", bound_text(report))
+        if report.tier_bytes:
+            panel.add_row("holds", tiers_text(report))
+        return panel
+
+
+def choose_observer(*, as_json: bool) -> Observer:
+    """JSON if asked for; a live panel if stdout is a terminal; else plain lines."""
+    if as_json:
+        return JsonProgress()
+    if sys.stdout.isatty():
+        return LiveProgress()
+    return PlainProgress()

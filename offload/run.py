@@ -1,0 +1,127 @@
+"""The face of a run: what it did, what it plans, and how to end it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from offload.bind import Binding
+from offload.engine import Engine
+from offload.homing import release_all
+from offload.hooks import Hooks
+from offload.optim.step import ChunkedStep
+from offload.prefetch.plan import Plan
+from offload.steps import Kind, Steps
+from offload.tiers.lane import Meter
+
+
+@dataclass(slots=True, eq=False)
+class Parts:
+    """What a run is made of."""
+
+    engine: Engine
+    binding: Binding
+    steps: Steps
+    hooks: Hooks | None = None
+    stepper: ChunkedStep | None = None
+
+
+class Runtime:
+    """Returned by ``offload.runtime(model)``. Also a context manager that closes the run."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None, parts: Parts) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.parts = parts
+        self._marks: dict[str, Meter] = {}
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that training (else inference) steps follow, once one was recorded."""
+        for kind in Kind:
+            follower = self.parts.steps.tracks[kind].follower
+            if follower is not None:
+                return follower.plan
+        return None
+
+    def stats(self) -> dict[str, Any]:
+        """What happened so far; see docs/stats.md for every key and its unit."""
+        engine, steps = self.parts.engine, self.parts.steps
+        kind = Kind.TRAIN if steps.tracks[Kind.TRAIN].steps else Kind.INFER
+        plan = self.plan
+        space, ledger = engine.space, engine.ledger
+        return {
+            "steps": steps.tracks[kind].steps,
+            "step_s": steps.median_s(kind),
+            "bound_s": plan.forecast.bound_s if plan else None,
+            "wire_bound_s": plan.forecast.wire_bound_s if plan else None,
+            "binding": plan.forecast.binding if plan else None,
+            "forecast": asdict(plan.forecast) if plan else None,
+            "lanes": {
+                name: {
+                    "bytes": lane.meter.moved_bytes,
+                    "transfers": lane.meter.transfers,
+                    "busy_s": lane.meter.busy_s,
+                    "bytes_per_s": lane.meter.moved_bytes / lane.meter.busy_s
+                    if lane.meter.busy_s
+                    else None,
+                }
+                for name, lane in space.lanes.items()
+            },
+            "tiers": {
+                "host": {
+                    "budget_bytes": ledger.budget_bytes,
+                    "used_bytes": ledger.used_bytes,
+                    "peak_bytes": ledger.peak_bytes,
+                    "peak_other_bytes": ledger.peak_other_bytes,
+                },
+                "disk": {"used_bytes": space.disk.used_bytes if space.disk else 0},
+            },
+            "stall_s": dict(engine.counters.stall_s),
+            "counters": {
+                "demand_loads": engine.counters.demand_loads,
+                "planned_loads": engine.counters.planned_loads,
+                "evictions": engine.counters.evictions,
+                "forced_evictions": engine.counters.forced_evictions,
+            },
+        }
+
+    def unwrap(self) -> tuple[nn.Module, Optimizer | None]:
+        """Plain tensors again, in plain memory (all of it must fit); the run is closed."""
+        self._detach()
+        release_all(self.parts.binding)
+        if self.optimizer is not None:
+            for entries in self.optimizer.state.values():
+                for name, value in entries.items():
+                    if hasattr(value, "clone"):
+                        entries[name] = value.clone()
+        self.close()
+        return self.model, self.optimizer
+
+    def close(self) -> None:
+        """Stop the workers and close the spill file; parameters stay readable where they are."""
+        self._detach()
+        self.parts.engine.forget_gone()
+        self.parts.engine.space.close()
+        self.model.__dict__.pop("_offload", None)
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self.close()
+
+    def _detach(self) -> None:
+        if self.parts.hooks is not None:
+            self.parts.hooks.remove()
+            self.parts.hooks = None
+        if self.parts.stepper is not None:
+            self.parts.stepper.close()
+            self.parts.stepper = None

@@ -1,0 +1,127 @@
+"""When steps begin and end, and whether they are recorded or replayed. Plans are kept per kind."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from offload.engine import Engine
+from offload.prefetch.plan import Plan
+from offload.prefetch.trace import Trace
+from offload.record import Follower, Recorder
+
+STRAY_SHARE = 0.1  # beyond this share of unforeseen moments the step is planned anew
+
+
+class Kind(StrEnum):
+    """What a step is: plans of one kind do not disturb those of another."""
+
+    TRAIN = "train"
+    INFER = "infer"
+
+
+Planner = Callable[[Trace], Plan]
+
+
+@dataclass(slots=True)
+class Track:
+    """What is known of one kind of step."""
+
+    trace: Trace | None = None
+    follower: Follower | None = None
+    stale: bool = False  # the trace was refined: plan again
+    steps: int = 0
+    replayed_s: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Suspended:
+    kind: Kind
+    recorder: Recorder | None
+    follower: Follower | None
+
+
+class Steps:
+    """Opens and closes steps on the engine. ``plan_for`` may be None: always on demand."""
+
+    def __init__(self, engine: Engine, plan_for: Planner | None) -> None:
+        self.tracks = {kind: Track() for kind in Kind}
+        self.current: Kind | None = None
+        self._engine = engine
+        self._plan_for = plan_for
+        self._suspended: _Suspended | None = None
+
+    def begin(self, kind: Kind) -> bool:
+        """A forward pass of this kind starts; True when its step is a recorded (first) one.
+
+        A training step that is under way goes on: this is one more micro-batch. An evaluation
+        within it is a step of its own, after which training continues where it was.
+        """
+        if self.current is kind:
+            return self.tracks[kind].trace is None
+        if self.current is not None:
+            self._suspended = _Suspended(
+                self.current, self._engine.recorder, self._engine.follower
+            )
+            self._engine.settle()
+        self.current = kind
+        track = self.tracks[kind]
+        self._make_plan(track)
+        self._engine.begin(Recorder(), track.follower)
+        return track.trace is None
+
+    def end(self) -> None:
+        """The running step is over."""
+        if self.current is None:
+            return
+        engine, track = self._engine, self.tracks[self.current]
+        engine.finish()
+        assert engine.recorder is not None
+        recorder = engine.recorder
+        trace = recorder.finish(tuple(c.size_bytes for c in engine.space.chunks))
+        track.steps += 1
+        if track.follower is not None:
+            track.replayed_s.append(time.perf_counter() - recorder.began_s)
+        self._learn(track, trace)
+        self._resume()
+
+    def median_s(self, kind: Kind) -> float | None:
+        """Median seconds of replayed steps."""
+        seconds = self.tracks[kind].replayed_s
+        return statistics.median(seconds) if seconds else None
+
+    def _resume(self) -> None:
+        before, self._suspended = self._suspended, None
+        self.current = before.kind if before else None
+        self._engine.recorder = before.recorder if before else None
+        self._engine.follower = before.follower if before else None
+
+    def _learn(self, track: Track, trace: Trace) -> None:
+        old = track.trace
+        if old is None or track.follower is None:
+            track.trace, track.stale = trace, True
+        elif [m.key for m in trace.moments] != [m.key for m in old.moments]:
+            strays = track.follower.strays + abs(len(trace.moments) - len(old.moments))
+            if strays > STRAY_SHARE * len(old.moments):
+                track.trace, track.stale = trace, True
+        elif len(track.replayed_s) == 1:
+            # The first step also pays for lazy initialisation; the second tells the truth.
+            moments = tuple(
+                replace(n, compute_s=min(m.compute_s, n.compute_s),
+                        other_bytes=max(m.other_bytes, n.other_bytes))
+                for m, n in zip(old.moments, trace.moments, strict=True)
+            )  # fmt: skip
+            track.trace, track.stale = replace(old, moments=moments), True
+
+    def _make_plan(self, track: Track) -> None:
+        if self._plan_for is None or track.trace is None or not track.stale:
+            return
+        last = len(track.trace.moments) - 1
+        touched = {n.chunk for m in track.trace.moments for n in m.needs}
+        dead = {c: last for c in touched if self._engine.is_dead(c)}
+        track.trace = replace(track.trace, dead_after=dead)
+        track.follower = Follower(track.trace, self._plan_for(track.trace))
+        track.stale = False

@@ -1,0 +1,117 @@
+"""The engine as the chunked optimizer step sees it: which chunks an update group needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from offload.bind import Binding, Family, tensor_at
+from offload.engine import Engine
+from offload.optim.mirror import OptimizerProfile
+from offload.optim.state import Segment, UpdateGroup
+from offload.prefetch.trace import Access, Need, Phase
+from offload.tiers.home import Region
+
+
+class UpdateStore:
+    """Implements ``offload.optim.state.Store`` over homes.
+
+    Elementwise optimizers are stepped chunk by chunk; others parameter by parameter, small
+    neighbours together.
+    """
+
+    def __init__(self, engine: Engine, binding: Binding, profile: OptimizerProfile) -> None:
+        self._engine = engine
+        self._binding = binding
+        self._plans: list[tuple[tuple[Segment, ...], tuple[Need, ...]]] = []
+        for family in binding.families:
+            if family.trained:
+                self._plans += _family_groups(family, profile)
+        self._groups = [UpdateGroup(i, s) for i, (s, _) in enumerate(self._plans)]
+
+    @property
+    def largest_group(self) -> tuple[int, ...]:
+        """The chunks of the group that needs most bytes at once."""
+        chunks = self._engine.space.chunks
+        needs = max(
+            (n for _, n in self._plans),
+            key=lambda needs: sum(chunks[n.chunk].size_bytes for n in needs),
+            default=(),
+        )
+        return tuple(n.chunk for n in needs)
+
+    def groups(self) -> Sequence[UpdateGroup]:
+        return self._groups
+
+    def enter(self, group: UpdateGroup) -> None:
+        segments, needs = self._plans[group.index]
+        if any(s.param.grad is not None for s in segments):
+            self._engine.need(Phase.UPDATE, needs)
+
+    def leave(self, group: UpdateGroup) -> None:
+        pass  # needs were WRITE: the engine already takes these chunks for modified
+
+    def home_of_state(
+        self, param: nn.Parameter, name: str, shape: torch.Size, dtype: torch.dtype
+    ) -> Tensor | None:
+        home = self._binding.homes.get(param)
+        region = home.family.states.get(name) if home is not None else None
+        if home is None or region is None or shape != param.shape:
+            return None
+        if region.itemsize != dtype.itemsize:
+            return None
+        # Outside a step this may be written through the mapping: then the file is the truth.
+        for c in region.chunks_of(home.index):
+            self._engine.space.trust_file(self._engine.space.chunks[c])
+        return tensor_at(region, home.index, param, dtype)
+
+
+def _family_groups(
+    family: Family, profile: OptimizerProfile
+) -> list[tuple[tuple[Segment, ...], tuple[Need, ...]]]:
+    if all(profile.params[p].elementwise for p in family.params):
+        return [
+            (
+                tuple(
+                    Segment(family.params[p.tensor], p.start, p.stop)
+                    for p in family.layout.pieces(chunk)
+                ),
+                _needs(family, (chunk,)),
+            )
+            for chunk in range(family.layout.chunks)
+            if family.layout.pieces(chunk)
+        ]
+    groups = []
+    for indices in _neighbours(family):
+        chunks = sorted({c for i in indices for c in family.layout.chunks_of(i)})
+        segments = tuple(
+            Segment(family.params[i], 0, family.params[i].numel()) for i in indices
+        )
+        groups.append((segments, _needs(family, tuple(chunks))))
+    return groups
+
+
+def _neighbours(family: Family) -> list[list[int]]:
+    """Parameters in order, together while they end within the chunk in which the first starts."""
+    runs: list[list[int]] = []
+    for i in range(len(family.params)):
+        chunks = family.layout.chunks_of(i)
+        if runs and chunks[-1] == family.layout.chunks_of(runs[-1][0])[0]:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return runs
+
+
+def _needs(family: Family, chunks: tuple[int, ...]) -> tuple[Need, ...]:
+    def of(region: Region | None, access: Access) -> list[Need]:
+        if region is None:
+            return []
+        return [Need(region.chunk_ids.start + c, access) for c in chunks]
+
+    needs = of(family.weights, Access.WRITE) + of(family.grads, Access.READ)
+    for region in family.states.values():
+        needs += of(region, Access.WRITE)
+    return tuple(needs)

@@ -1,0 +1,243 @@
+"""Drive the user's own optimizer, group of chunks by group of chunks, from its public hooks.
+
+A step pre-hook hands torch a shadow with empty parameter groups and a closure that runs the
+user's closure and then the chunk loop. So the user's class, flags, hooks, schedulers and
+GradScaler see one ordinary step, and the real optimizer's groups are never touched: whatever
+raises, there is nothing to restore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from offload.errors import OffloadError
+from offload.optim import mirror
+from offload.optim.clip import GradNorms
+from offload.optim.groups import GroupLedger, raw_step
+from offload.optim.mirror import OptimizerProfile
+from offload.optim.pieces import (
+    ALIGN_ELEMENTS,
+    Piece,
+    Source,
+    StateMerge,
+    batches,
+    check_segment,
+    cut,
+    make_source,
+)
+from offload.optim.state import Segment, StateHomes, Store, UpdateGroup
+
+# A weight, its gradient and two moments of this many float32 are 4 MiB: they stay in the cache
+# while a for-loop optimizer sweeps over them. Measured by bench/update.py.
+PIECE_ELEMENTS = 1 << 18
+# Copies that a step needs (clipped gradients, state being made) exist for this many pieces at once.
+PIECES_WITH_COPIES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Clip the gradients of ``params``, in this order, to a total L2 norm of ``max_norm``.
+
+    The gradients themselves stay as they are; the update sees them clipped.
+    """
+
+    max_norm: float
+    params: tuple[nn.Parameter, ...]
+    norms: GradNorms = field(default_factory=GradNorms)
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """What one step carries from group to group."""
+
+    ledger: GroupLedger
+    group_of: dict[nn.Parameter, int]
+    coefficient: Tensor | None
+    merges: dict[nn.Parameter, StateMerge] = field(default_factory=dict)
+
+
+class ChunkedStep:
+    """``optimizer.step()`` over state that lives in ``store``, same bits, until `close`."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        profile: OptimizerProfile,
+        store: Store,
+        *,
+        clip: Clip | None = None,
+        piece_elements: int = PIECE_ELEMENTS,
+    ) -> None:
+        """Install the hooks and move state that exists already into its homes.
+
+        ``max_grad_norm`` of the public interface becomes ``clip``. Raises ValueError for a
+        piece size that is not a multiple of 64 elements.
+        """
+        if piece_elements <= 0 or piece_elements % (4 * ALIGN_ELEMENTS):
+            raise ValueError(f"piece_elements must be a multiple of 64, got {piece_elements}")
+        self.last_total_norm: Tensor | None = None  # [], of the last clipped step
+        self._optimizer = optimizer
+        self._profile = profile
+        self._store = store
+        self._clip = clip
+        self._piece_elements = piece_elements
+        self._homes = StateHomes(optimizer, store)
+        self._open: tuple[GroupLedger, Optimizer] | None = None
+        self._homes.adopt()
+        self._handles: tuple[RemovableHandle, ...] = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+            optimizer.register_load_state_dict_post_hook(lambda _: self._homes.adopt()),
+        )
+
+    def close(self) -> None:
+        """Remove the hooks: the optimizer steps as torch wrote it. State stays in its homes."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._open = None
+        empty = GroupLedger(optimizer).open({}, {})
+        if not self._profile.calls_closure:
+            self._update(empty)
+            return (empty, *args[1:]), kwargs
+        user = args[1] if len(args) > 1 else kwargs.get("closure")
+        rest = {name: value for name, value in kwargs.items() if name != "closure"}
+        return (empty, self._closure(user, empty), *args[2:]), rest
+
+    def _closure(self, user: Callable[[], Any] | None, empty: Optimizer) -> Callable[[], Any]:
+        def run() -> Any:
+            loss = None
+            if user is not None:
+                with torch.enable_grad():
+                    loss = user()
+            self._update(empty)
+            return loss
+
+        return run
+
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._open is not None:
+            ledger, empty = self._open
+            ledger.commit_untouched(empty)
+            self._open = None
+
+    @torch.no_grad()
+    def _update(self, empty: Optimizer) -> None:
+        """The chunk loop. ``empty`` is the shadow that torch steps afterwards."""
+        group_of = {p: i for i, g in enumerate(self._optimizer.param_groups) for p in g["params"]}
+        if not group_of.keys() <= self._profile.params.keys():
+            self._profile = mirror.profile(self._optimizer)  # add_param_group
+        groups = self._store.groups()
+        self._check_cover(groups, group_of)
+        self._homes.adopt()
+        run = _Run(GroupLedger(self._optimizer), group_of, self._coefficient())
+        versions = {p: p._version for p in group_of}
+        for group in groups:
+            self._store.enter(group)
+            try:
+                self._step_group(group, run)
+            finally:
+                self._store.leave(group)
+        for param in run.merges:
+            if param._version == versions[param]:  # torch's fused CPU kernels forget to
+                torch.autograd.graph.increment_version(param)
+        run.ledger.commit()
+        empty.param_groups = run.ledger.open({}, {}).param_groups
+        self._open = (run.ledger, empty)
+
+    def _coefficient(self) -> Tensor | None:
+        if self._clip is None:
+            return None
+        if getattr(self._optimizer, "grad_scale", None) is not None:
+            raise OffloadError(
+                "max_grad_norm needs unscaled gradients: call scaler.unscale_(optimizer) before "
+                "scaler.step(optimizer)"
+            )
+        clip = self._clip
+        self.last_total_norm, coefficient = clip.norms.coefficient(clip.params, clip.max_norm)
+        return coefficient
+
+    def _step_group(self, group: UpdateGroup, run: _Run) -> None:
+        """Step the resident segments of one group, in batches of pieces."""
+        sources = [s for segment in group.segments if (s := self._source(segment, run))]
+        pieces: list[Piece] = []
+        limit: int | None = None
+        for source in sources:
+            piece_elements, source_limit = self._sizes(source, run)
+            pieces += cut(source, piece_elements)
+            limit = min((x for x in (limit, source_limit) if x is not None), default=None)
+        for batch in batches(pieces, limit):
+            self._step_batch(batch, run)
+
+    def _source(self, segment: Segment, run: _Run) -> Source | None:
+        param = segment.param
+        if param not in run.group_of:
+            return None
+        known = self._profile.params[param]
+        check_segment(segment, known.elementwise)
+        return make_source(
+            segment,
+            run.group_of[param],
+            self._optimizer.state.get(param, {}),
+            elementwise=known.elementwise,
+            element_names=known.element_names,
+        )
+
+    def _sizes(self, source: Source, run: _Run) -> tuple[int | None, int | None]:
+        """Elements per piece and per call; None: as many as there are.
+
+        A fused kernel sweeps once and an accelerator has no such cache, so cutting buys them
+        nothing. A foreach optimizer sweeps over all tensors of a call before the next
+        operation: one piece a call. Copies bound both.
+        """
+        group = self._optimizer.param_groups[source.group]
+        if run.coefficient is not None or source.fresh:
+            copies = self._piece_elements * (1 if group.get("foreach") else PIECES_WITH_COPIES)
+            return self._piece_elements, copies
+        if group.get("fused") or not source.grad.is_cpu:
+            return None, None
+        return self._piece_elements, self._piece_elements if group.get("foreach") else None
+
+    def _step_batch(self, batch: list[Piece], run: _Run) -> None:
+        """One call of the user's own step over a few pieces."""
+        params: dict[int, list[Tensor]] = {}
+        for piece in batch:
+            piece.prepare(run.coefficient)
+            params.setdefault(piece.source.group, []).append(piece.tensor)
+        if not params:
+            return
+        twin = run.ledger.open(params, {piece.tensor: piece.state for piece in batch})
+        raw_step(type(twin))(twin)
+        run.ledger.close(twin, params)
+        for piece in batch:
+            param = piece.source.segment.param
+            if param not in run.merges:
+                run.merges[param] = StateMerge(param, self._homes)
+            if run.merges[param].absorb(piece, twin.state.get(piece.tensor, {})):
+                run.merges[param].commit(self._optimizer.state)
+
+    @staticmethod
+    def _check_cover(groups: Sequence[UpdateGroup], group_of: dict[nn.Parameter, int]) -> None:
+        """Raise OffloadError where a parameter would be updated in part, twice or not at all."""
+        covered = dict.fromkeys(group_of, 0)
+        for group in groups:
+            for segment in group.segments:
+                if segment.param in covered:
+                    covered[segment.param] += segment.stop - segment.start
+        for param, elements in covered.items():
+            if elements != param.numel():
+                raise OffloadError(
+                    f"{elements} of {param.numel()} elements of a parameter of shape "
+                    f"{tuple(param.shape)} are in the update: wrap the model again after adding "
+                    "parameters to its optimizer"
+                )

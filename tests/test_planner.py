@@ -1,0 +1,336 @@
+"""The planner against an independent replay of its plans, a brute force, and a formula."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload.prefetch.plan import Plan
+from offload.prefetch.planner import DoesNotFit, plan, smallest_bytes
+from offload.prefetch.residency import Gaps, Room, choose, find_gaps, taken
+from offload.prefetch.trace import Access, Moment, Need, Phase, Trace
+from offload.tiers.spec import MIB, Machine
+
+ONE_DRIVE = Machine(1.9e9, 6.0e9, 1.35e9, 1.5e9, 1e10)  # times of both directions add
+DUPLEX = Machine(7e9, 5e9, 5e9, 4e9, 1e10)
+SLOW = Machine(10.0, 5.0, 6.0, 4.0, 1e10, disk_latency_s=0.01)
+UNIT = 4096
+
+
+@st.composite
+def traces(draw: st.DrawFn, most_chunks: int = 6, most_moments: int = 9) -> Trace:
+    """Small traces; dead_after is only given where it is true."""
+    sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=most_chunks))
+    count = draw(st.integers(1, most_moments))
+    phases = sorted(
+        draw(st.lists(st.sampled_from(list(Phase)), min_size=count, max_size=count)),
+        key=list(Phase).index,
+    )
+    moments = []
+    for phase in phases:
+        chunks = draw(st.sets(st.integers(0, len(sizes) - 1), max_size=3))
+        needs = tuple(Need(c, draw(st.sampled_from(list(Access)))) for c in sorted(chunks))
+        work = draw(st.sampled_from([0.0, 0.3, 2.0]))
+        moments.append(Moment(phase, needs, work, UNIT * draw(st.integers(0, 4))))
+    dead = {}
+    for chunk in range(len(sizes)):
+        true = [t for t in range(count) if _next_access(moments, chunk, t) is Access.FRESH]
+        if true and draw(st.booleans()):
+            dead[chunk] = draw(st.sampled_from(true))
+    return Trace(tuple(moments), tuple(UNIT * s for s in sizes), dead)
+
+
+def _next_access(moments: list[Moment], chunk: int, after: int) -> Access | None:
+    for step in range(1, len(moments) + 1):
+        for need in moments[(after + step) % len(moments)].needs:
+            if need.chunk == chunk:
+                return need.access
+    return None
+
+
+def typical(layers: int, pieces: int, size_bytes: int, compute_s: float) -> Trace:
+    """A training step: weights, gradients and two states of ``pieces`` chunks a layer."""
+    kind = layers * pieces
+
+    def of(which: int, layer: int) -> range:
+        return range(which * kind + layer * pieces, which * kind + (layer + 1) * pieces)
+
+    moments = []
+    for i in range(layers):
+        reads = tuple(Need(c, Access.READ) for c in of(0, i))
+        moments.append(Moment(Phase.FORWARD, reads, compute_s, 0))
+    for i in reversed(range(layers)):
+        reads = tuple(Need(c, Access.READ) for c in of(0, i))
+        fresh = tuple(Need(c, Access.FRESH) for c in of(1, i))
+        moments.append(Moment(Phase.BACKWARD, reads + fresh, 2 * compute_s, 0))
+    for c in range(kind):
+        kinds = [(0, Access.WRITE), (1, Access.READ), (2, Access.WRITE), (3, Access.WRITE)]
+        needs = tuple(Need(k * kind + c, access) for k, access in kinds)
+        moments.append(Moment(Phase.UPDATE, needs, compute_s, 0))
+    dead = dict.fromkeys(range(kind, 2 * kind), len(moments) - 1)
+    return Trace(tuple(moments), (size_bytes,) * (4 * kind), dead)
+
+
+class Replay:
+    """Follows a plan by the rules of its docstring, one moment at a time."""
+
+    def __init__(self, trace: Trace, made: Plan, capacity_bytes: int) -> None:
+        self.trace, self.plan, self.capacity_bytes = trace, made, capacity_bytes
+        self.present = set(made.resident_at_start)
+        self.unused: set[int] = set()  # read ahead and not needed since
+        self.dirty: set[int] = set()
+        self.stale: set[int] = set()  # dropped unwritten: the disk holds something else
+        self.last_used: dict[int, int] = {}
+        self.reads = self.writes = 0
+
+    def lap(self) -> None:
+        self.reads = self.writes = 0
+        for t, moment in enumerate(self.trace.moments):
+            needed = {n.chunk for n in moment.needs}
+            dropped = self._drops(t, needed)
+            for chunk in self.plan.ops[t].loads:
+                assert chunk not in self.present, f"chunk {chunk} loaded while there"
+                assert chunk not in self.stale, f"chunk {chunk} read back, never written"
+                self.present.add(chunk)
+                self.unused.add(chunk)
+                self.reads += self.trace.chunk_bytes[chunk]
+            for need in moment.needs:
+                if need.access is Access.FRESH:
+                    self.present.add(need.chunk)
+                    self.stale.discard(need.chunk)
+                assert need.chunk in self.present, f"moment {t} lacks chunk {need.chunk}"
+                if need.access is not Access.READ:
+                    self.dirty.add(need.chunk)
+                self.last_used[need.chunk] = t
+            self.unused -= needed
+            assert self.bytes_of(self.present) <= self.room(t)
+            self._dwelt(t, dropped)
+            self.dirty -= {c for c, d in self.trace.dead_after.items() if d == t}
+            self.stale |= {c for c, d in self.trace.dead_after.items() if d == t} & self.present
+
+    def _drops(self, t: int, needed: set[int]) -> set[int]:
+        for chunk in self.plan.ops[t].drops:
+            assert chunk in self.present, f"chunk {chunk} dropped while away"
+            assert chunk not in needed, f"chunk {chunk} dropped where it is needed"
+            assert chunk not in self.unused, f"chunk {chunk} read in vain"
+            self.present.discard(chunk)
+            if chunk in self.dirty:
+                self.writes += self.trace.chunk_bytes[chunk]
+                self.dirty.discard(chunk)
+        return set(self.plan.ops[t].drops)
+
+    def _dwelt(self, t: int, dropped: set[int]) -> None:
+        """What the moment before used goes at once only where there was no room to stay."""
+        before = (t - 1) % len(self.trace.moments)
+        for chunk in dropped:
+            if self.last_used.get(chunk) != before:
+                continue
+            if self.trace.moments[before].phase is not Phase.UPDATE:
+                wanted = self.bytes_of(self.present - self.unused) + self.trace.chunk_bytes[chunk]
+                assert wanted > self.room(t), f"chunk {chunk} could have stayed in moment {t}"
+
+    def bytes_of(self, chunks: set[int]) -> int:
+        return sum(self.trace.chunk_bytes[c] for c in chunks)
+
+    def room(self, t: int) -> int:
+        return self.capacity_bytes - self.trace.moments[t].other_bytes
+
+
+def check(trace: Trace, made: Plan, capacity_bytes: int) -> None:
+    """The plan is consistent, cyclic, within its room, and moves what it forecasts."""
+    replay = Replay(trace, made, capacity_bytes)
+    for _ in range(3):
+        replay.lap()
+        assert replay.present == made.resident_at_start
+    assert made.forecast.read_bytes == replay.reads
+    assert made.forecast.write_bytes == replay.writes
+    assert made.forecast.peak_bytes <= capacity_bytes
+
+
+def queue_is_in_order_of_need(trace: Trace, made: Plan) -> bool:
+    """Reads are queued in the order in which they are needed, over the lap's end too."""
+    count = len(trace.moments)
+    due = []
+    for t in range(2 * count):
+        for chunk in made.ops[t % count].loads:
+            steps = range(t, t + count + 1)
+            due.append(
+                next(
+                    u
+                    for u in steps
+                    if any(n.chunk == chunk for n in trace.moments[u % count].needs)
+                )
+            )
+    return due == sorted(due)
+
+
+@settings(max_examples=150, deadline=None)
+@given(traces(), st.integers(0, 14), st.sampled_from([SLOW, ONE_DRIVE]))
+def test_any_plan_holds_in_an_independent_replay(
+    trace: Trace, extra: int, machine: Machine
+) -> None:
+    capacity = smallest_bytes(trace) + UNIT * extra
+    made = plan(trace, machine, capacity)
+    check(trace, made, capacity)
+    assert queue_is_in_order_of_need(trace, made)
+
+
+@settings(max_examples=50, deadline=None)
+@given(traces())
+def test_smallest_capacity_works_and_a_byte_less_is_refused(trace: Trace) -> None:
+    least = smallest_bytes(trace)
+    check(trace, plan(trace, SLOW, least), least)
+    with pytest.raises(DoesNotFit) as refusal:
+        plan(trace, SLOW, least - 1)
+    moment = trace.moments[refusal.value.moment]
+    needed = sum(trace.chunk_bytes[n.chunk] for n in moment.needs) + moment.other_bytes
+    assert refusal.value.needed_bytes == needed == least
+    assert refusal.value.smallest_bytes == least
+    assert refusal.value.capacity_bytes == least - 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(traces())
+def test_nothing_moves_when_everything_fits(trace: Trace) -> None:
+    most_other = max(m.other_bytes for m in trace.moments)
+    made = plan(trace, SLOW, sum(trace.chunk_bytes) + most_other)
+    assert made.forecast.read_bytes == made.forecast.write_bytes == 0
+    assert made.forecast.stall_s == 0
+    assert made.forecast.binding == "compute"
+
+
+def best_saving(gaps: Gaps, room: np.ndarray[tuple[int], np.dtype[np.int64]]) -> float:
+    """The most that any choice of gaps saves, by trying all of them."""
+    best = 0.0
+    for choice in product([False, True], repeat=len(gaps.chunk)):
+        kept = np.array(choice) | (gaps.span == 0)
+        load = np.zeros(len(room), dtype=np.int64)
+        for g in np.flatnonzero(kept):
+            for step in range(gaps.span[g]):
+                load[(gaps.after[g] + 1 + step) % len(room)] += gaps.size_bytes[g]
+        if (load <= room).all():
+            best = max(best, gaps.saved_s(kept))
+    return best
+
+
+def test_residency_is_near_the_brute_force_optimum() -> None:
+    """Mostly the optimum itself on tiny instances of unequal sizes, and never far from it."""
+    rng = random.Random(0)
+    ratios: list[float] = []
+    while len(ratios) < 150:
+        sizes = tuple(UNIT * rng.randint(1, 5) for _ in range(rng.randint(2, 4)))
+        moments = []
+        for _ in range(rng.randint(3, 6)):
+            chunks = rng.sample(range(len(sizes)), rng.randint(0, min(3, len(sizes))))
+            needs = tuple(Need(c, rng.choice(list(Access))) for c in chunks)
+            moments.append(Moment(Phase.FORWARD, needs, 0.0, 0))
+        gaps = find_gaps(Trace(tuple(moments), sizes, {}), ONE_DRIVE)
+        room = np.full(len(moments), UNIT * rng.randint(1, 8), dtype=np.int64)
+        best = best_saving(gaps, room) if 0 < len(gaps.chunk) <= 8 else 0.0
+        if best == 0:
+            continue
+        kept = choose(gaps, room)
+        load = taken((gaps.after + 1)[kept], gaps.span[kept], gaps.size_bytes[kept], len(room))
+        assert (load <= room).all()
+        ratios.append(gaps.saved_s(kept) / best)
+    assert max(ratios) <= 1 + 1e-9
+    assert min(ratios) >= 0.6
+    assert sum(r > 1 - 1e-9 for r in ratios) >= 0.9 * len(ratios)
+
+
+@pytest.mark.parametrize("extra", range(1, 6))
+def test_equal_chunks_read_in_a_circle_are_kept_as_belady_would(extra: int) -> None:
+    """n chunks in turn and room for r besides the one in use: r of the n-1 others stay."""
+    needs = [(Need(c, Access.READ),) for c in range(8)]
+    trace = Trace(tuple(Moment(Phase.FORWARD, n, 0.0, 0) for n in needs), (UNIT,) * 8, {})
+    made = plan(trace, ONE_DRIVE, (1 + extra) * UNIT)
+    check(trace, made, (1 + extra) * UNIT)
+    assert made.forecast.read_bytes == (8 - extra) * UNIT
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4, 6])
+@pytest.mark.parametrize(
+    ("machine", "pieces", "most"),
+    [(ONE_DRIVE, 1, 1.10), (ONE_DRIVE, 4, 1.10), (DUPLEX, 4, 1.10), (DUPLEX, 1, 1.15)],
+)
+def test_typical_step_is_near_its_bounds(
+    groups: int, machine: Machine, pieces: int, most: float
+) -> None:
+    """Of coarse chunks a duplex drive holds some back to hide writes: time bought with bytes."""
+    trace = typical(24, pieces, 64 * MIB // pieces, compute_s=1e-3)
+    parameters = 24 * 64 * MIB
+    capacity = groups * 4 * 64 * MIB
+    made = plan(trace, machine, capacity)
+    check(trace, made, capacity)
+    moved = made.forecast.read_bytes + made.forecast.write_bytes
+    assert moved <= most * (10 * parameters - 4 * capacity)
+    assert made.forecast.step_s <= 1.15 * made.forecast.bound_s
+    assert made.forecast.binding == "disk"
+
+
+def test_a_dead_gradient_is_not_written_and_a_living_one_is() -> None:
+    """A gradient that dies after its update costs no write; one that may be read later does."""
+    size = 1000
+    other = tuple(Need(c, Access.READ) for c in (1, 2))
+    moments = (
+        Moment(Phase.BACKWARD, (Need(0, Access.FRESH),), 0.0, 0),
+        Moment(Phase.UPDATE, (Need(0, Access.READ),), 0.0, 0),
+        Moment(Phase.UPDATE, other, 0.0, 0),
+    )
+    for dead, written in (({0: 1}, 0), ({}, size)):
+        made = plan(Trace(moments, (size,) * 3, dead), SLOW, 2 * size)
+        assert made.forecast.write_bytes == written
+
+
+def test_reads_of_the_first_moments_are_queued_in_the_lap_before() -> None:
+    """Where the end of a step has room, it reads ahead for the next one's beginning."""
+    wide = tuple(Need(c, Access.READ) for c in range(3))
+    moments = (
+        Moment(Phase.FORWARD, (Need(3, Access.READ), Need(4, Access.READ)), 1.0, 0),
+        Moment(Phase.BACKWARD, wide, 1.0, 0),
+        Moment(Phase.BACKWARD, (), 1.0, 0),
+        Moment(Phase.BACKWARD, (), 1.0, 0),
+    )
+    trace = Trace(moments, (UNIT,) * 5, {})
+    made = plan(trace, ONE_DRIVE, 3 * UNIT)
+    check(trace, made, 3 * UNIT)
+    assert {3, 4} <= made.resident_at_start
+    assert made.forecast.stall_s < 0.01  # only the wide moment's, a few pages
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_room_table_agrees_with_a_plain_array(data: st.DataObject) -> None:
+    """Over many blocks, with spans around the end."""
+    moments = data.draw(st.integers(1, 1500))
+    plain = deque([100] * moments)
+    room = Room(np.full(moments, 100, dtype=np.int64))
+    for _ in range(8):
+        first = data.draw(st.integers(0, moments - 1))
+        length = data.draw(st.integers(0, moments))
+        size = data.draw(st.integers(1, 60))
+        span = [(first + i) % moments for i in range(length)]
+        fits = all(plain[t] >= size for t in span)
+        assert room.fits(first, length, size) == fits
+        if fits:
+            room.take(first, length, size)
+            for t in span:
+                plain[t] -= size
+    assert room.free.tolist() == list(plain)
+    need, end = data.draw(st.integers(1, 100)), data.draw(st.integers(0, moments))
+    floor = data.draw(st.integers(0, end))
+    start = end
+    while start > floor and plain[start - 1] >= need:
+        start -= 1
+    assert room.back_from(end, floor, need) == start
+
+
+def test_an_empty_trace_is_refused() -> None:
+    with pytest.raises(ValueError, match="without moments"):
+        plan(Trace((), (), {}), SLOW, 1)

@@ -1,0 +1,91 @@
+"""Tensors -> chunks: one long run of elements, cut at equal lengths. Pure arithmetic.
+
+[Note: one run, cut evenly]
+Tensors stand one after another, each start a multiple of 64 elements, hence 64-byte aligned for
+every dtype. The run is cut every ``chunk_elements``; a tensor may straddle a cut, which costs
+nothing since addresses are contiguous, and leaves no tail waste and only one frame size.
+Weights, gradients and same-shaped optimizer state use the same element offsets, so a chunk of
+one mirrors the chunks of the others: an elementwise update needs chunk i of each, and no more.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from offload.tiers.spec import MIB, round_up
+
+ALIGN_ELEMENTS = 64
+PAGE_ELEMENTS = 4096  # any itemsize then gives whole 4 KiB pages
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of one tensor that lies in one chunk: tensor elements [start, stop)."""
+
+    tensor: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each tensor of a run stands, in elements. ``starts[i]`` is tensor i's offset."""
+
+    starts: tuple[int, ...]
+    numels: tuple[int, ...]
+    chunk_elements: int
+    total_elements: int  # whole pages, padding included
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks the run is cut into."""
+        return -(-self.total_elements // self.chunk_elements)
+
+    def chunk_range(self, chunk: int) -> tuple[int, int]:
+        """Element range [start, stop) of a chunk; the last may be shorter."""
+        start = chunk * self.chunk_elements
+        return start, min(start + self.chunk_elements, self.total_elements)
+
+    def chunks_of(self, tensor: int) -> range:
+        """The chunks that hold any part of a tensor."""
+        start = self.starts[tensor]
+        stop = start + max(self.numels[tensor], 1)
+        return range(start // self.chunk_elements, -(-stop // self.chunk_elements))
+
+    def pieces(self, chunk: int) -> list[Piece]:
+        """Which parts of which tensors a chunk holds, in order."""
+        lo, hi = self.chunk_range(chunk)
+        found = []
+        for i in range(max(bisect_right(self.starts, lo) - 1, 0), len(self.starts)):
+            begin = self.starts[i]
+            if begin >= hi:
+                break
+            start, stop = max(lo - begin, 0), min(hi - begin, self.numels[i])
+            if start < stop:
+                found.append(Piece(i, start, stop))
+        return found
+
+
+def lay_out(numels: Sequence[int], chunk_elements: int) -> Layout:
+    """Place tensors of these element counts in a run. ``chunk_elements``: multiple of 4096."""
+    if chunk_elements <= 0 or chunk_elements % PAGE_ELEMENTS:
+        raise ValueError(f"chunk_elements must be a multiple of {PAGE_ELEMENTS}: {chunk_elements}")
+    ends = list(accumulate((round_up(max(n, 1), ALIGN_ELEMENTS) for n in numels), initial=0))
+    total = round_up(ends[-1], PAGE_ELEMENTS)
+    return Layout(tuple(ends[:-1]), tuple(numels), chunk_elements, total)
+
+
+def choose_chunk_bytes(budget_bytes: int, copies: int) -> int:
+    """Chunk size for a budget: 4 to 32 MiB where the budget allows.
+
+    An update needs ``copies`` chunks at once (weight, gradient, states), and at least three such
+    sets should fit in half the budget: one computing, one being read, one being written.
+    """
+    limit = budget_bytes // (6 * copies)
+    size = 32 * MIB
+    while size > 16384 and size > limit:
+        size //= 2
+    return size

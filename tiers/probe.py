@@ -1,0 +1,98 @@
+"""Measure the machine: each lane alone, and the two directions of the disk together."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from offload.tiers import vm
+from offload.tiers.disk import SpillFile
+from offload.tiers.spec import GIB, MIB, Machine
+
+BLOCK_BYTES = 16 * MIB
+WORKERS = 2  # each direction, as the engine's lanes have
+
+
+def probe(folder: Path, size_bytes: int = GIB // 2, rounds: int = 3) -> Machine:
+    """Measured rates of the disk under ``folder`` and of host copies; a few seconds.
+
+    Blocks of 16 MiB through huge-page buffers, O_DIRECT where the file system takes it; the
+    median of ``rounds``. Raises DiskFull where ``size_bytes`` cannot be had.
+    """
+    disk = SpillFile(folder, announce=lambda _: None)
+    disk.grow(size_bytes)
+    blocks = size_bytes // BLOCK_BYTES
+    buffers = [_buffer() for _ in range(2 * WORKERS)]
+    with ThreadPoolExecutor(2 * WORKERS) as pool:
+
+        def run(worker: int, move: Callable[[int, int, int], object], part: range) -> float:
+            for block in part:
+                move(buffers[worker], BLOCK_BYTES, block * BLOCK_BYTES)
+            return time.perf_counter()
+
+        def rate(directions: list[Callable[[int, int, int], object]]) -> list[float]:
+            """Bytes/s of each direction while all of them run, over the first one's duration."""
+            begin_s, jobs = time.perf_counter(), []
+            for d, move in enumerate(directions):
+                half = blocks // len(directions)
+                for w in range(WORKERS):
+                    part = range(d * half + w, (d + 1) * half, WORKERS)
+                    jobs.append(pool.submit(run, d * WORKERS + w, move, part))
+            ends = [j.result() for j in jobs]
+            return [
+                blocks // len(directions) * BLOCK_BYTES
+                / (max(ends[d * WORKERS : (d + 1) * WORKERS]) - begin_s)
+                for d in range(len(directions))
+            ]  # fmt: skip
+
+        rate([disk.write])  # the file's blocks are written once before anything is measured
+        samples = [
+            (rate([disk.read]), rate([disk.write]), rate([disk.read, disk.write]))
+            for _ in range(rounds)
+        ]
+    copy = statistics.median(_copy_rate(buffers[0], buffers[1]) for _ in range(5))
+    for address in buffers:
+        vm.release(address, BLOCK_BYTES)
+    disk.close()
+    read, write = (statistics.median(s[i][0] for s in samples) for i in (0, 1))
+    mixed_read, mixed_write = (statistics.median(s[2][i] for s in samples) for i in (0, 1))
+    return Machine(read, write, min(mixed_read, read), min(mixed_write, write), copy)
+
+
+def cached_probe(folder: Path) -> Machine:
+    """The last probe of this folder's device by this user, or a new one, which is then kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offload"
+    kept = base / f"machine-{os.uname().nodename}-{os.stat(folder).st_dev}.json"
+    try:
+        return Machine(**json.loads(kept.read_text()))
+    except (OSError, ValueError, TypeError):
+        machine = probe(folder)
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        fresh = kept.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(machine.to_dict()))
+        fresh.replace(kept)
+    except OSError:
+        pass  # a cache that cannot be kept costs a probe, nothing else
+    return machine
+
+
+def _buffer() -> int:
+    address = vm.reserve(BLOCK_BYTES)
+    vm.want_huge(address, BLOCK_BYTES)
+    vm.fill(address, BLOCK_BYTES, 1)
+    return address
+
+
+def _copy_rate(source: int, target: int) -> float:
+    begin_s = time.perf_counter()
+    memoryview(vm.buffer_at(target, BLOCK_BYTES)).cast("B")[:] = memoryview(
+        vm.buffer_at(source, BLOCK_BYTES)
+    ).cast("B")
+    return BLOCK_BYTES / (time.perf_counter() - begin_s)
