@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from offload.prefetch.plan import Plan
 from offload.prefetch.planner import DoesNotFit, plan
 from offload.prefetch.trace import Trace
 from offload.run import Parts, Runtime
+from offload.scratch import ScratchMode
 from offload.steps import Kind, Steps
 from offload.tiers.disk import DiskFull, SpillFile
 from offload.tiers.fake import AdversarialLane
@@ -82,18 +84,95 @@ def wrap(
     Raises BudgetError (before anything is moved) when the budgets are too small,
     CoupledOptimizerError for optimizers that mix parameters, SpillError when the disk is full.
     """
-    tuning = tuning or Tuning()
-    if "_offload" in model.__dict__:
-        raise OffloadError("this model is managed already: offload.runtime(model).close() first")
+    given = _taken_over(model, optimizer)
+    if given is None:
+        given = understand(host_memory, disk, disk_memory, device_memory)
+    _manage(model, optimizer, given, max_grad_norm, tuning or Tuning())
+    return model, optimizer
+
+
+def init(
+    factory: Callable[[], M],
+    *,
+    device: str | torch.device | None = None,
+    device_memory: Size | None = None,
+    host_memory: Size | None = None,
+    disk: str | os.PathLike[str] | None = None,
+    disk_memory: Size | None = None,
+    tuning: Tuning | None = None,
+) -> M:
+    """Build a model that is never whole in memory: ``factory()`` with large tensors in a file.
+
+    Weights have the bits that the factory alone would give under the same seed. The result is
+    managed; ``offload.wrap(model, optimizer)`` then takes in an optimizer over its parameters
+    with the budgets given here. Without ``disk`` the model is simply built and managed.
+    """
     given = understand(host_memory, disk, disk_memory, device_memory)
+    if given.disk is None:
+        model = factory()
+    else:
+        mode = ScratchMode(given.disk, given.budget.disk_bytes)
+        with mode:
+            model = factory()
+        mode.close()
+    _manage(model, None, given, None, tuning or Tuning())
+    return model
+
+
+def from_pretrained(
+    path_or_id: str | os.PathLike[str],
+    *,
+    model_class: type | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    device_memory: Size | None = None,
+    host_memory: Size | None = None,
+    disk: str | os.PathLike[str] | None = None,
+    disk_memory: Size | None = None,
+    tuning: Tuning | None = None,
+) -> Any:
+    """A Hugging Face model (causal LM unless ``model_class``), managed, never whole in memory.
+
+    ``dtype``: None keeps the checkpoint's. Host memory at load stays within the budget plus the
+    largest converted tensor. Raises what ``transformers`` raises for a bad path.
+    """
+    import transformers  # heavy, and only needed here
+
+    loader = model_class or transformers.AutoModelForCausalLM
+    return init(
+        lambda: loader.from_pretrained(path_or_id, dtype=dtype or "auto"),
+        device=device, device_memory=device_memory, host_memory=host_memory,
+        disk=disk, disk_memory=disk_memory, tuning=tuning,
+    )  # fmt: skip
+
+
+def _taken_over(model: nn.Module, optimizer: Optimizer | None) -> Given | None:
+    """End a run that has no optimizer yet, so that one with an optimizer takes its place."""
+    if "_offload" not in model.__dict__:
+        return None
+    before = runtime(model)
+    if before.optimizer is not None or optimizer is None:
+        raise OffloadError("this model is managed already: offload.runtime(model).close() first")
+    before.parts.engine.evict_all()
+    given = before.given
+    before.close()
+    return given
+
+
+def _manage(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    given: Given,
+    max_grad_norm: float | None,
+    tuning: Tuning,
+) -> None:
     for line in given.chosen:
-        print(f"offload: {line}", file=sys.stderr)
+        _say(line)
     learnt = profile(optimizer) if optimizer is not None else None
     parts = _build(model, optimizer, learnt, given, tuning)
-    run = Runtime(model, optimizer, parts)
+    run = Runtime(model, optimizer, parts, given)
     _attach(run, learnt, max_grad_norm)
     model.__dict__["_offload"] = _Handle(run)
-    return model, optimizer
 
 
 def _build(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -114,12 +113,9 @@ def _run(config: RunConfig, *, resume: bool, as_json: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: what users can mend is one line on stderr and exit status 2."""
+    """Entry point: what users can mend is one line on stderr and exit status 2; Ctrl-C is 130."""
     try:
         app(standalone_mode=True)
     except (OffloadError, ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)

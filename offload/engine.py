@@ -300,6 +300,12 @@ class Engine:
                 self._evict(self.space.chunks[c])
         self.settle()
 
+    def evict_all(self) -> None:
+        """Send everything home and free the frames."""
+        self.forget_gone()
+        self.evict(list(self._resident))
+        self.space.pool.trim()
+
     def forget_gone(self) -> None:
         """Bring everything in flight to rest, without evicting: before closing or re-planning."""
         self._queue.clear()

@@ -52,19 +52,22 @@ def _signature(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> obje
 
 
 def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in results_on_meta(func, args, kwargs))
+
+
+def results_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The operation's results as meta tensors; empty where that cannot be told beforehand."""
+
     def to_meta(x: object) -> object:
         if isinstance(x, Tensor):
             return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         return torch.device("meta") if isinstance(x, torch.device) else x
 
     meta_args, meta_kwargs = tree_map(to_meta, (args, kwargs))
-    if "device" in meta_kwargs:
+    if "device" in meta_kwargs or not any(isinstance(x, Tensor) for x in tree_leaves(args)):
         meta_kwargs["device"] = torch.device("meta")
     try:
         result = func(*meta_args, **meta_kwargs)
-    except Exception:  # no meta kernel, or a shape that depends on data
-        return 0
-    return sum(
-        t.numel() * t.element_size() for t in tree_leaves(result)
-        if isinstance(t, Tensor) and t.device.type == "meta"
-    )  # fmt: skip
+    except Exception:  # no meta kernel, a shape that depends on data, no device argument
+        return []
+    return [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.device.type == "meta"]

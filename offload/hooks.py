@@ -80,7 +80,11 @@ class Hooks:
         homes = self._binding.homes
         for module in model.modules():
             direct = [homes[p] for p in module.parameters(recurse=False) if p in homes]
-            if direct and not isinstance(module, nn.Embedding):
+            if isinstance(module, nn.Embedding):
+                # A lookup touches a few rows: read where they lie, the table is not fetched.
+                for c in (c for h in direct for c in h.weight_chunks):
+                    self._engine.space.chunks[c].sparse = True
+            elif direct:
                 chunks = sorted({c for h in direct for c in h.weight_chunks})
                 needs = tuple(Need(c, Access.READ) for c in chunks)
                 handles.append(module.register_forward_pre_hook(Hook(self._unit(needs))))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from offload.tiers import vm
 from offload.tiers.frames import FramePool
+from offload.tiers.spec import MIB
+
+TRIM_BYTES = 16 * MIB  # freed memory that malloc may keep before it is asked to let go
 
 
 class Ledger:
@@ -15,6 +19,7 @@ class Ledger:
         self.peak_bytes = 0
         self.peak_other_bytes = 0
         self._pool = pool
+        self._freed_bytes = 0
 
     @property
     def used_bytes(self) -> int:
@@ -44,8 +49,12 @@ class Ledger:
         self.see()
 
     def give_other(self, size_bytes: int) -> None:
-        """Credit it back."""
+        """Credit it back, and see that the system gets it too."""
         self.other_bytes -= size_bytes
+        self._freed_bytes += size_bytes
+        if self._freed_bytes >= TRIM_BYTES:
+            self._freed_bytes = 0
+            vm.return_freed_memory()
 
     def see(self) -> None:
         """Note the present use for the peak."""

@@ -10,13 +10,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offload.bind import Binding
+from offload.config import Given
 from offload.engine import Engine
 from offload.homing import release_all
 from offload.hooks import Hooks
 from offload.optim.step import ChunkedStep
 from offload.prefetch.plan import Plan
 from offload.steps import Kind, Steps
-from offload.tiers.lane import Meter
 
 
 @dataclass(slots=True, eq=False)
@@ -33,11 +33,13 @@ class Parts:
 class Runtime:
     """Returned by ``offload.runtime(model)``. Also a context manager that closes the run."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | None, parts: Parts) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | None, parts: Parts, given: Given
+    ) -> None:
+        self.given = given
         self.model = model
         self.optimizer = optimizer
         self.parts = parts
-        self._marks: dict[str, Meter] = {}
 
     @property
     def plan(self) -> Plan | None:

@@ -12,6 +12,7 @@ from offload.engine import Engine
 from offload.optim.mirror import OptimizerProfile
 from offload.optim.state import Segment, UpdateGroup
 from offload.prefetch.trace import Access, Need, Phase
+from offload.tiers import vm
 from offload.tiers.home import Region
 
 
@@ -51,7 +52,9 @@ class UpdateStore:
             self._engine.need(Phase.UPDATE, needs)
 
     def leave(self, group: UpdateGroup) -> None:
-        pass  # needs were WRITE: the engine already takes these chunks for modified
+        # The needs were WRITE: the engine takes these chunks for modified already. What is left
+        # is the optimizer's temporaries, of which malloc would keep the pages.
+        vm.return_freed_memory()
 
     def home_of_state(
         self, param: nn.Parameter, name: str, shape: torch.Size, dtype: torch.dtype

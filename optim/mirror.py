@@ -194,10 +194,10 @@ def _tiny_state(param: nn.Parameter, kind: _Kind, entries: Mapping[str, Any]) ->
     sizes = _products(tuple(param.shape), kind.shape)
     tiny: dict[str, Any] = {}
     for name, value in entries.items():
-        if isinstance(value, Tensor) and value.dim() > 0 and value.numel() > 0:
+        if isinstance(value, Tensor) and value.dim() > 0:
             shape = _mapped(tuple(value.shape), tuple(param.shape), kind.shape, sizes)
-            first = value.detach()[(0,) * value.dim()].cpu()
-            tiny[name] = torch.full(shape, first.item(), dtype=value.dtype)
+            first = value[(0,) * value.dim()].item() if value.numel() else 0
+            tiny[name] = torch.full(shape, first, dtype=value.dtype)
         else:
             tiny[name] = own_copy(value)
     return tiny

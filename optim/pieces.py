@@ -50,6 +50,14 @@ def check_segment(segment: Segment, elementwise: bool) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Elements per piece and per call of the optimizer; None: as many as there are."""
+
+    piece_elements: int | None
+    call_elements: int | None
+
+
 @dataclass(slots=True, eq=False)
 class Source:
     """One segment with everything its pieces are views of. ``flats`` is None for a whole step."""
@@ -58,13 +66,9 @@ class Source:
     group: int
     grad: Tensor
     entries: dict[str, Any]  # the parameter's state before this step; empty at its first
-    flats: dict[str, Tensor] | None  # per-element state, flattened
+    sizes: Sizes
     element_names: frozenset[str]  # the state that is known to be per element
-
-    @property
-    def fresh(self) -> bool:
-        """Whether the optimizer has to make the state first."""
-        return not self.entries and bool(self.element_names)
+    flats: dict[str, Tensor] | None = None  # per-element state, flattened
 
 
 @dataclass(slots=True, eq=False)
@@ -98,38 +102,38 @@ class Piece:
         }
 
 
-def make_source(
-    segment: Segment,
-    group: int,
-    entries: dict[str, Any],
-    *,
-    elementwise: bool,
-    element_names: frozenset[str],
-) -> Source | None:
-    """The source of a resident segment, or None when its parameter has no gradient."""
-    param, grad = segment.param, segment.param.grad
-    if grad is None:
-        return None
+def check_grad(param: nn.Parameter, grad: Tensor) -> None:
+    """Raise OffloadError for a gradient that has no dense home."""
     if grad.layout != torch.strided:
         raise OffloadError(
             f"the gradient of a parameter of shape {tuple(param.shape)} is {grad.layout}; only "
             "dense gradients can be kept elsewhere: use sparse=False in nn.Embedding"
         )
-    whole = (segment.start, segment.stop) == (0, param.numel())
-    odd = not (param.is_contiguous() and grad.is_contiguous())
-    if not elementwise or param.dim() == 0 or param.numel() == 0 or (odd and whole):
-        return Source(segment, group, grad, entries, None, element_names)
-    flats = {
-        name: value.detach().view(-1)
-        for name, value in entries.items()
+
+
+def flatten(source: Source) -> None:
+    """Let the source be cut, unless it is stepped whole: then nothing needs a view or a copy.
+
+    Whole are scalars and empty tensors, what fits one piece, and what has no flat view.
+    """
+    segment, param = source.segment, source.segment.param
+    if (segment.start, segment.stop) == (0, param.numel()):
+        piece_elements = source.sizes.piece_elements
+        fits = piece_elements is None or param.numel() <= piece_elements or param.dim() == 0
+        if fits or not (param.is_contiguous() and source.grad.is_contiguous()):
+            return
+    source.grad = source.grad.detach().reshape(-1)
+    source.flats = {
+        name: value.view(-1)
+        for name, value in source.entries.items()
         if isinstance(value, Tensor) and value.dim() > 0 and value.numel() == param.numel()
     }
-    return Source(segment, group, grad.detach().reshape(-1), entries, flats, element_names)
 
 
-def cut(source: Source, piece_elements: int | None) -> Iterator[Piece]:
-    """The segment in pieces of ``piece_elements`` (None: one piece); the last takes the rest."""
+def cut(source: Source) -> Iterator[Piece]:
+    """The segment in pieces; the last takes the rest."""
     start, stop = source.segment.start, source.segment.stop
+    piece_elements = source.sizes.piece_elements
     if source.flats is None or piece_elements is None:
         yield Piece(source, start, stop)
         return
@@ -219,6 +223,8 @@ class StateMerge:
             del entries[name]
         for name, value in self._entries.items():
             old = entries.get(name)
+            if old is value:
+                continue
             if _is_scalar(old) and _is_scalar(value) and old.dtype == value.dtype:
                 old.copy_(value)
             else:

@@ -8,7 +8,7 @@ raises, there is nothing to restore.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,12 +25,14 @@ from offload.optim.mirror import OptimizerProfile
 from offload.optim.pieces import (
     ALIGN_ELEMENTS,
     Piece,
+    Sizes,
     Source,
     StateMerge,
     batches,
+    check_grad,
     check_segment,
     cut,
-    make_source,
+    flatten,
 )
 from offload.optim.state import Segment, StateHomes, Store, UpdateGroup
 
@@ -170,43 +172,42 @@ class ChunkedStep:
     def _step_group(self, group: UpdateGroup, run: _Run) -> None:
         """Step the resident segments of one group, in batches of pieces."""
         sources = [s for segment in group.segments if (s := self._source(segment, run))]
-        pieces: list[Piece] = []
-        limit: int | None = None
-        for source in sources:
-            piece_elements, source_limit = self._sizes(source, run)
-            pieces += cut(source, piece_elements)
-            limit = min((x for x in (limit, source_limit) if x is not None), default=None)
-        for batch in batches(pieces, limit):
+        pieces = [piece for source in sources for piece in cut(source)]
+        limits = [n for s in sources if (n := s.sizes.call_elements) is not None]
+        for batch in batches(pieces, min(limits, default=None)):
             self._step_batch(batch, run)
 
     def _source(self, segment: Segment, run: _Run) -> Source | None:
-        param = segment.param
-        if param not in run.group_of:
+        """What there is to step in a resident segment; None without a gradient."""
+        param, grad = segment.param, segment.param.grad
+        index = run.group_of.get(param)
+        if index is None or grad is None:
             return None
         known = self._profile.params[param]
         check_segment(segment, known.elementwise)
-        return make_source(
-            segment,
-            run.group_of[param],
-            self._optimizer.state.get(param, {}),
-            elementwise=known.elementwise,
-            element_names=known.element_names,
-        )
+        check_grad(param, grad)
+        entries = self._optimizer.state.get(param, {})
+        copies = run.coefficient is not None or (not entries and bool(known.state))
+        sizes = self._sizes(self._optimizer.param_groups[index], grad, copies)
+        if not known.elementwise:
+            sizes = Sizes(None, sizes.call_elements)
+        source = Source(segment, index, grad, entries, sizes, known.element_names)
+        flatten(source)
+        return source
 
-    def _sizes(self, source: Source, run: _Run) -> tuple[int | None, int | None]:
-        """Elements per piece and per call; None: as many as there are.
+    def _sizes(self, group: Mapping[str, Any], grad: Tensor, copies: bool) -> Sizes:
+        """How finely to cut.
 
         A fused kernel sweeps once and an accelerator has no such cache, so cutting buys them
         nothing. A foreach optimizer sweeps over all tensors of a call before the next
-        operation: one piece a call. Copies bound both.
+        operation: one piece a call. Copies (see PIECES_WITH_COPIES) bound all of them.
         """
-        group = self._optimizer.param_groups[source.group]
-        if run.coefficient is not None or source.fresh:
-            copies = self._piece_elements * (1 if group.get("foreach") else PIECES_WITH_COPIES)
-            return self._piece_elements, copies
-        if group.get("fused") or not source.grad.is_cpu:
-            return None, None
-        return self._piece_elements, self._piece_elements if group.get("foreach") else None
+        piece_elements, foreach = self._piece_elements, bool(group.get("foreach"))
+        if copies:
+            return Sizes(piece_elements, piece_elements * (1 if foreach else PIECES_WITH_COPIES))
+        if group.get("fused") or not grad.is_cpu:
+            return Sizes(None, None)
+        return Sizes(piece_elements, piece_elements if foreach else None)
 
     def _step_batch(self, batch: list[Piece], run: _Run) -> None:
         """One call of the user's own step over a few pieces."""

@@ -66,13 +66,17 @@ class Gaps:
 
 
 def accesses(trace: Trace) -> list[list[tuple[int, Access]]]:
-    """For each chunk its uses (moment, access) in order; a chunk named twice in one moment once."""
+    """For each chunk its uses (moment, access) in order.
+
+    A chunk named twice in one moment has one use there: the first access says whether contents
+    are needed, and any access but READ leaves the chunk changed.
+    """
     uses: list[list[tuple[int, Access]]] = [[] for _ in trace.chunk_bytes]
     for index, moment in enumerate(trace.moments):
         for need in moment.needs:
             mine = uses[need.chunk]
             if mine and mine[-1][0] == index:
-                if need.access is not mine[-1][1]:  # read and changed: contents are needed
+                if mine[-1][1] is Access.READ and need.access is not Access.READ:
                     mine[-1] = (index, Access.WRITE)
             else:
                 mine.append((index, need.access))

@@ -212,7 +212,8 @@ class _Replay:
         tier.other_bytes = moment.other_bytes
         self.to_read.extend(self.ops[t].loads)
         absent = {n.chunk for n in moment.needs if n.chunk not in tier.resident}
-        self.fresh = absent & {n.chunk for n in moment.needs if n.access is Access.FRESH}
+        first = {n.chunk: n.access for n in reversed(moment.needs)} if absent else {}
+        self.fresh = {c for c in absent if first[c] is Access.FRESH}
         self._start()
         while not (absent <= tier.resident and tier.has_room(0)):
             done = self.drive.run(inf)

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload.prefetch import residency
 from offload.prefetch.plan import Plan
 from offload.prefetch.planner import DoesNotFit, plan, smallest_bytes
-from offload.prefetch.residency import Gaps, Room, choose, find_gaps, taken
+from offload.prefetch.residency import Bools, Floats, Gaps, Ints, Room, choose, find_gaps, taken
 from offload.prefetch.trace import Access, Moment, Need, Phase, Trace
 from offload.tiers.spec import MIB, Machine
 
@@ -28,10 +29,9 @@ def traces(draw: st.DrawFn, most_chunks: int = 6, most_moments: int = 9) -> Trac
     """Small traces; dead_after is only given where it is true."""
     sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=most_chunks))
     count = draw(st.integers(1, most_moments))
-    phases = sorted(
-        draw(st.lists(st.sampled_from(list(Phase)), min_size=count, max_size=count)),
-        key=list(Phase).index,
-    )
+    order = list(Phase)
+    drawn = draw(st.lists(st.sampled_from(order), min_size=count, max_size=count))
+    phases = sorted(drawn, key=order.index)
     moments = []
     for phase in phases:
         chunks = draw(st.sets(st.integers(0, len(sizes) - 1), max_size=3))
@@ -41,8 +41,9 @@ def traces(draw: st.DrawFn, most_chunks: int = 6, most_moments: int = 9) -> Trac
     dead = {}
     for chunk in range(len(sizes)):
         true = [t for t in range(count) if _next_access(moments, chunk, t) is Access.FRESH]
-        if true and draw(st.booleans()):
-            dead[chunk] = draw(st.sampled_from(true))
+        choice = draw(st.sampled_from([None, *true]))
+        if choice is not None:
+            dead[chunk] = choice
     return Trace(tuple(moments), tuple(UNIT * s for s in sizes), dead)
 
 
@@ -96,6 +97,7 @@ class Replay:
             dropped = self._drops(t, needed)
             for chunk in self.plan.ops[t].loads:
                 assert chunk not in self.present, f"chunk {chunk} loaded while there"
+                assert chunk not in dropped, f"chunk {chunk} dropped and read in one moment"
                 assert chunk not in self.stale, f"chunk {chunk} read back, never written"
                 self.present.add(chunk)
                 self.unused.add(chunk)
@@ -155,18 +157,12 @@ def check(trace: Trace, made: Plan, capacity_bytes: int) -> None:
 
 def queue_is_in_order_of_need(trace: Trace, made: Plan) -> bool:
     """Reads are queued in the order in which they are needed, over the lap's end too."""
-    count = len(trace.moments)
-    due = []
+    count, due = len(trace.moments), []
+    needed = [{n.chunk for n in m.needs} for m in trace.moments]
     for t in range(2 * count):
         for chunk in made.ops[t % count].loads:
-            steps = range(t, t + count + 1)
-            due.append(
-                next(
-                    u
-                    for u in steps
-                    if any(n.chunk == chunk for n in trace.moments[u % count].needs)
-                )
-            )
+            lap = range(t, t + count + 1)
+            due.append(next(u for u in lap if chunk in needed[u % count]))
     return due == sorted(due)
 
 
@@ -205,7 +201,7 @@ def test_nothing_moves_when_everything_fits(trace: Trace) -> None:
     assert made.forecast.binding == "compute"
 
 
-def best_saving(gaps: Gaps, room: np.ndarray[tuple[int], np.dtype[np.int64]]) -> float:
+def best_saving(gaps: Gaps, room: Ints) -> float:
     """The most that any choice of gaps saves, by trying all of them."""
     best = 0.0
     for choice in product([False, True], repeat=len(gaps.chunk)):
@@ -217,6 +213,33 @@ def best_saving(gaps: Gaps, room: np.ndarray[tuple[int], np.dtype[np.int64]]) ->
         if (load <= room).all():
             best = max(best, gaps.saved_s(kept))
     return best
+
+
+def load_of(gaps: Gaps, kept: Bools, room: Ints) -> Floats:
+    return taken((gaps.after + 1)[kept], gaps.span[kept], gaps.size_bytes[kept], len(room))
+
+
+def fills_its_room(gaps: Gaps, kept: Bools, room: Ints) -> None:
+    """The choice fits, and nothing else that saves a read would fit besides."""
+    load = load_of(gaps, kept, room)
+    assert (load <= room).all()
+    for g in np.flatnonzero(~kept & (gaps.read_s > 0)):
+        span = gaps.after[g] + 1 + np.arange(gaps.span[g])
+        assert ((room - load)[span % len(room)] < gaps.size_bytes[g]).any()
+
+
+@pytest.mark.parametrize("chunks", range(0, 40, 3))
+def test_no_room_is_left_unused(chunks: int) -> None:
+    """Also after an epoch that was wanted whole did not fit: its first gaps are given back."""
+    trace = typical(6, 2, UNIT, 0.0)
+    gaps = find_gaps(trace, DUPLEX)
+    passes = np.arange(len(trace.moments)) < 12
+    room = UNIT * (chunks + np.where(passes, 3, 0))
+    fills_its_room(gaps, choose(gaps, room), room)
+    packing = residency._Packing(gaps, room)
+    packing.by_price(np.zeros(len(gaps.chunk)))
+    load = load_of(gaps, packing.kept, room)
+    assert packing.room.free.tolist() == (room - load).tolist()
 
 
 def test_residency_is_near_the_brute_force_optimum() -> None:
@@ -236,8 +259,7 @@ def test_residency_is_near_the_brute_force_optimum() -> None:
         if best == 0:
             continue
         kept = choose(gaps, room)
-        load = taken((gaps.after + 1)[kept], gaps.span[kept], gaps.size_bytes[kept], len(room))
-        assert (load <= room).all()
+        fills_its_room(gaps, kept, room)
         ratios.append(gaps.saved_s(kept) / best)
     assert max(ratios) <= 1 + 1e-9
     assert min(ratios) >= 0.6
@@ -283,7 +305,8 @@ def test_a_dead_gradient_is_not_written_and_a_living_one_is() -> None:
         Moment(Phase.UPDATE, (Need(0, Access.READ),), 0.0, 0),
         Moment(Phase.UPDATE, other, 0.0, 0),
     )
-    for dead, written in (({0: 1}, 0), ({}, size)):
+    contradicted = {0: 0}  # read after its death: it must not be lost
+    for dead, written in (({0: 1}, 0), ({}, size), (contradicted, size)):
         made = plan(Trace(moments, (size,) * 3, dead), SLOW, 2 * size)
         assert made.forecast.write_bytes == written
 
@@ -302,6 +325,42 @@ def test_reads_of_the_first_moments_are_queued_in_the_lap_before() -> None:
     check(trace, made, 3 * UNIT)
     assert {3, 4} <= made.resident_at_start
     assert made.forecast.stall_s < 0.01  # only the wide moment's, a few pages
+
+
+@pytest.mark.parametrize("turn", range(5))
+def test_a_read_is_never_queued_before_one_that_is_needed_sooner(turn: int) -> None:
+    """Chunk 1 has room a moment before chunk 0 has, and is needed a moment later."""
+    needs: list[list[tuple[int, Access]]] = [
+        [(1, Access.READ)],
+        [(0, Access.READ), (3, Access.FRESH)],
+        [(2, Access.FRESH)],
+        [],
+        [(0, Access.READ)],
+    ]
+    moments = [Moment(Phase.UPDATE, tuple(Need(*n) for n in ns), 0.0, 0) for ns in needs]
+    moments = moments[turn:] + moments[:turn]
+    dead = {2: (2 - turn) % 5, 3: (1 - turn) % 5}
+    trace = Trace(tuple(moments), (4 * UNIT, UNIT, 4 * UNIT, UNIT), dead)
+    made = plan(trace, SLOW, 5 * UNIT)
+    check(trace, made, 5 * UNIT)
+    assert made.forecast.read_bytes == 5 * UNIT
+    assert queue_is_in_order_of_need(trace, made)
+
+
+def test_a_chunk_named_twice_in_a_moment_has_one_use_there() -> None:
+    twice = {
+        (Access.READ, Access.READ): Access.READ,
+        (Access.READ, Access.WRITE): Access.WRITE,
+        (Access.READ, Access.FRESH): Access.WRITE,
+        (Access.FRESH, Access.READ): Access.FRESH,
+        (Access.WRITE, Access.READ): Access.WRITE,
+    }
+    for named, meant in twice.items():
+        moments = (Moment(Phase.UPDATE, tuple(Need(0, a) for a in named), 0.0, 0),) * 2
+        trace = Trace(moments, (UNIT,), {})
+        assert residency.accesses(trace) == [[(0, meant), (1, meant)]]
+        assert smallest_bytes(trace) == UNIT
+        assert plan(trace, SLOW, UNIT).forecast.peak_bytes == UNIT
 
 
 @settings(max_examples=100, deadline=None)

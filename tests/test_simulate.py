@@ -77,6 +77,12 @@ def test_a_chunk_is_read_back_only_after_its_own_write() -> None:
     assert line.step_s == pytest.approx(12.0 + 6.0)
 
 
+def test_a_chunk_is_overwritten_only_after_its_own_write() -> None:
+    trace = Trace((step((0, F)), step()), (60,), {})
+    line = simulate(trace, DRIVE, 120, (Ops(), Ops(drops=(0,))), frozenset())
+    assert line.stalls_s == pytest.approx([12.0, 0.0])
+
+
 def test_fresh_contents_take_room_and_no_read_and_dead_ones_no_write() -> None:
     moments = (step((0, F)), step((1, F)), step())
     ops = (Ops(), Ops(drops=(0,)), Ops(drops=(1,)))

@@ -51,6 +51,7 @@ class Chunk:
     label: str
     backing: Backing = Backing.VOID
     dirty: bool = False
+    sparse: bool = False  # read row by row where it lies, hardly ever as a whole
     frame: Frame | None = None  # whose pages are at home, or are being filled
     loading: Ticket | None = None
     saving: Ticket | None = None
@@ -219,6 +220,8 @@ class HomeSpace:
         assert self.disk is not None
         vm.move_pages(chunk.address, chunk.frame.address, chunk.size_bytes)
         vm.map_file(chunk.address, chunk.size_bytes, self.disk.fd, chunk.offset)
+        if chunk.sparse:
+            vm.expect_sparse_reads(chunk.address, chunk.size_bytes)
         self.pool.give(chunk.frame)
         chunk.backing = Backing.VOID if dead else Backing.FILE
         chunk.frame, chunk.dirty = None, False

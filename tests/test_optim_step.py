@@ -1,0 +1,393 @@
+"""The chunked step gives the bits of the plain step, for every optimizer and way to call it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from offload.errors import OffloadError
+from offload.optim.mirror import profile
+from offload.optim.ram import RamStore
+from offload.optim.state import UpdateGroup
+from offload.optim.step import ChunkedStep, Clip
+
+O = torch.optim  # noqa: E741
+SHAPES = ((65539,), (7, 13), (1,), (), (64, 32), (3, 5, 7), (1, 9), (0, 4))
+MATRICES = ((64, 32), (7, 13), (33, 129))
+PIECE = 1 << 14
+Groups = list[dict[str, Any]]
+Make = Callable[[Groups], Optimizer]
+
+
+class NotHere(RamStore):
+    """Everything that is not resident reads as NaN, between the first enter and the last leave."""
+
+    def __init__(self, optimizer: Optimizer, known: Any, group_elements: int) -> None:
+        super().__init__(optimizer, known, group_elements)
+        self.away: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self.entered: list[int] = []
+
+    def enter(self, group: UpdateGroup) -> None:
+        if group.index == 0:
+            self.entered = []
+            for g in self.groups():
+                self.hide(g)
+        self.entered.append(group.index)
+        for place, value in self.away.pop(group.index):
+            place.copy_(value)
+
+    def leave(self, group: UpdateGroup) -> None:
+        self.hide(group)
+        if group.index == len(self.groups()) - 1:
+            self.show()
+
+    def hide(self, group: UpdateGroup) -> None:
+        self.away[group.index] = [(t, t.clone()) for t in self.tensors(group)]
+        for place, _ in self.away[group.index]:
+            place.fill_(float("nan"))
+
+    def show(self) -> None:
+        for place, value in itertools.chain.from_iterable(self.away.values()):
+            place.copy_(value)
+        self.away = {}
+
+    def tensors(self, group: UpdateGroup) -> Iterator[Tensor]:
+        """What the group's segments own; `.data`, as bytes come and go unseen by autograd."""
+        for s in group.segments:
+            homes = [h for (p, _), h in self._homes.items() if p is s.param]
+            grads = [] if s.param.grad is None else [s.param.grad]
+            for t in (s.param.data, *grads, *homes):
+                if t.numel() == s.param.numel() and t.is_contiguous():
+                    yield t.data.view(-1)[s.start : s.stop]
+                elif s.stop - s.start == s.param.numel():
+                    yield t.data
+
+
+def make_params(shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[nn.Parameter]:
+    g = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(s, generator=g)) for s in shapes]
+
+
+def grouped(params: list[nn.Parameter]) -> Groups:
+    half = len(params) // 2
+    return [{"params": params[:half], "lr": 3e-3}, {"params": params[half:], "lr": 1e-3}]
+
+
+def fill_grads(params: list[nn.Parameter], step: int, skip: int | None = None) -> None:
+    g = torch.Generator().manual_seed(step + 100)
+    for i, p in enumerate(params):
+        grad = torch.randn(p.shape, generator=g) * 10.0 ** (i % 3 - 2)
+        p.grad = None if i == skip else grad
+
+
+def install(optimizer: Optimizer, **options: Any) -> tuple[ChunkedStep, NotHere]:
+    known = profile(optimizer)
+    store = NotHere(optimizer, known, 22_000)
+    return ChunkedStep(optimizer, known, store, piece_elements=PIECE, **options), store
+
+
+def assert_same(a: Optimizer, b: Optimizer) -> None:
+    """Weights, state, group values and order, bit for bit."""
+    state_a, state_b = a.state_dict(), b.state_dict()
+    assert state_a["param_groups"] == state_b["param_groups"]
+    assert state_a["state"].keys() == state_b["state"].keys()
+    for ga, gb in zip(a.param_groups, b.param_groups, strict=True):
+        for p, q in zip(ga["params"], gb["params"], strict=True):
+            assert torch.equal(p, q), f"weights of {tuple(p.shape)}"
+            assert a.state.get(p, {}).keys() == b.state.get(q, {}).keys()
+            for name, value in a.state.get(p, {}).items():
+                other = b.state[q][name]
+                same = torch.equal(value, other) if torch.is_tensor(value) else value == other
+                assert same, f"{name} of {tuple(p.shape)}"
+                assert not torch.is_tensor(value) or value.shape == other.shape
+
+
+def assert_at_home(optimizer: Optimizer, store: RamStore) -> None:
+    homes = 0
+    for p, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(p, nn.Parameter) and torch.is_tensor(value) and value.dim() * p.dim():
+                home = store.home_of_state(p, name, value.shape, value.dtype)
+                assert value is home
+                homes += 1
+    assert homes
+
+
+def pair(make: Make, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> tuple[Any, Any, Any, Any]:
+    a, b = make_params(shapes), make_params(shapes)
+    return make(grouped(a)), make(grouped(b)), a, b
+
+
+OPTIMIZERS: dict[str, Make] = {
+    "adamw": lambda g: O.AdamW(g, weight_decay=0.1),
+    "adamw-foreach": lambda g: O.AdamW(g, foreach=True),
+    "adamw-fused": lambda g: O.AdamW(g, fused=True),
+    "adamw-maximize": lambda g: O.AdamW(g, maximize=True),
+    "adam-amsgrad": lambda g: O.Adam(g, amsgrad=True),
+    "nadam": lambda g: O.NAdam(g),
+    "sgd": lambda g: O.SGD(g),
+    "sgd-momentum": lambda g: O.SGD(g, momentum=0.9, nesterov=True),
+    "sgd-fused": lambda g: O.SGD(g, momentum=0.9, fused=True),
+    "rmsprop": lambda g: O.RMSprop(g, centered=True, momentum=0.5),
+    "adagrad": lambda g: O.Adagrad(g, initial_accumulator_value=0.1),
+    "radam": lambda g: O.RAdam(g),
+    "adamax": lambda g: O.Adamax(g),
+    "asgd": lambda g: O.ASGD(g),
+    "adafactor": lambda g: O.Adafactor(g),
+    "muon": lambda g: O.Muon(g),
+}
+CUT = [name for name in OPTIMIZERS if name not in ("adafactor", "muon")]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_same_bits_as_plain(name: str) -> None:
+    shapes = MATRICES if name == "muon" else SHAPES
+    plain, chunked, a, b = pair(OPTIMIZERS[name], shapes)
+    _, store = install(chunked)
+    for step in range(5):
+        skip = 1 if step == 2 else None
+        fill_grads(a, step, skip)
+        fill_grads(b, step, skip)
+        versions = [p._version for p in b]
+        plain.step()
+        chunked.step()
+        assert_same(plain, chunked)
+        for i, (p, version) in enumerate(zip(b, versions, strict=True)):
+            assert p._version > version or i == skip
+    if name != "sgd":
+        assert_at_home(chunked, store)
+    spread = [g.index for g in store.groups() for s in g.segments if s.param is b[0]]
+    assert len(spread) == (3 if name in CUT else 1)
+    assert store.entered == list(range(len(store.groups())))
+
+
+def test_bfloat16_weights() -> None:
+    a, b = ([nn.Parameter(p.detach().bfloat16()) for p in make_params()] for _ in range(2))
+    plain, chunked = O.AdamW(a, fused=True), O.AdamW(b, fused=True)
+    install(chunked)
+    for step in range(3):
+        for p, q in zip(a, b, strict=True):
+            p.grad = torch.randn_like(p) * (step + 1)
+            q.grad = p.grad.clone()
+        plain.step()
+        chunked.step()
+    assert_same(plain, chunked)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_schedulers_made_before_or_after(before: bool) -> None:
+    plain, chunked, a, b = pair(OPTIMIZERS["adamw"])
+    schedule = O.lr_scheduler.LambdaLR(plain, lambda n: 1 / (1 + n))
+    if not before:
+        install(chunked)
+    other = O.lr_scheduler.LambdaLR(chunked, lambda n: 1 / (1 + n))
+    if before:
+        install(chunked)
+    for step in range(4):
+        fill_grads(a, step)
+        fill_grads(b, step)
+        plain.step()
+        chunked.step()
+        schedule.step()
+        other.step()
+    assert schedule.get_last_lr() == other.get_last_lr()
+    assert_same(plain, chunked)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("clip", [True, False])
+def test_grad_scaler_with_an_inf_step(fused: bool, clip: bool) -> None:
+    plain, chunked, a, b = pair(lambda g: O.AdamW(g, fused=fused))
+    install(chunked, clip=Clip(0.5, tuple(b)) if clip else None)
+    scales = []
+    for optimizer, params in ((plain, a), (chunked, b)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(4):
+            optimizer.zero_grad()
+            g = torch.Generator().manual_seed(step)
+            loss = sum((p * torch.randn(p.shape, generator=g)).sum() for p in params)
+            assert isinstance(loss, Tensor)
+            torch.autograd.backward(scaler.scale(loss * (float("inf") if step == 2 else 1.0)))
+            if clip:
+                scaler.unscale_(optimizer)
+                if params is a:
+                    nn.utils.clip_grad_norm_(params, 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+        scales.append(scaler.get_scale())
+    assert scales[0] == scales[1] == 512.0
+    assert_same(plain, chunked)
+
+
+def test_scaled_gradients_cannot_be_clipped() -> None:
+    _, chunked, _, b = pair(OPTIMIZERS["adamw-fused"])
+    install(chunked, clip=Clip(0.5, tuple(b)))
+    scaler = torch.amp.GradScaler("cpu")
+    torch.autograd.backward(scaler.scale(sum((p.sum() for p in b), torch.zeros(()))))
+    with pytest.raises(OffloadError, match="unscale_"):
+        scaler.step(chunked)
+
+
+@pytest.mark.parametrize("positional", [True, False])
+def test_closure_runs_once_and_its_loss_returns(positional: bool) -> None:
+    plain, chunked, a, b = pair(OPTIMIZERS["adamw"])
+    install(chunked)
+    calls: list[int] = []
+    for optimizer, params in ((plain, a), (chunked, b)):
+
+        def closure(optimizer: Any = optimizer, params: Any = params) -> Tensor:
+            calls.append(len(calls))
+            optimizer.zero_grad()
+            loss = torch.stack([(p * p).sum() for p in params]).sum()
+            torch.autograd.backward(loss)
+            return loss
+
+        for _ in range(3):
+            out = optimizer.step(closure) if positional else optimizer.step(closure=closure)
+        assert out.requires_grad
+    assert len(calls) == 6
+    assert_same(plain, chunked)
+
+
+def test_step_hooks_fire_once_and_see_whole_groups() -> None:
+    _, chunked, _, b = pair(OPTIMIZERS["adamw"])
+    seen: list[tuple[str, int]] = []
+
+    def hook(name: str) -> Callable[[Any, Any, Any], None]:
+        def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            assert optimizer is chunked
+            seen.append((name, sum(len(g["params"]) for g in optimizer.param_groups)))
+
+        return note
+
+    chunked.register_step_pre_hook(hook("pre-early"))
+    chunked.register_step_post_hook(hook("post-early"))
+    everywhere = register_optimizer_step_post_hook(hook("global"))
+    install(chunked)
+    chunked.register_step_pre_hook(hook("pre-late"))
+    chunked.register_step_post_hook(hook("post-late"))
+    fill_grads(b, 0)
+    chunked.step()
+    everywhere.remove()
+    names = ["pre-early", "pre-late", "post-early", "post-late", "global"]
+    assert seen == [(name, len(SHAPES)) for name in names]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-fused", "adagrad", "sgd-momentum", "adafactor"])
+def test_state_dict_goes_both_ways(name: str) -> None:
+    plain, chunked, a, b = pair(OPTIMIZERS[name])
+    for step in range(2):  # wrapped after training began
+        fill_grads(a, step)
+        fill_grads(b, step)
+        plain.step()
+        chunked.step()
+    _, store = install(chunked)
+    assert_at_home(chunked, store)
+    assert_same(plain, chunked)
+    for step in range(2, 5):
+        fill_grads(a, step)
+        fill_grads(b, step)
+        plain.step()
+        chunked.step()
+        saved = plain.state_dict()
+        plain.load_state_dict(chunked.state_dict())
+        chunked.load_state_dict(saved)
+        assert_at_home(chunked, store)
+        assert_same(plain, chunked)
+
+
+def test_state_replaced_by_hand_is_adopted() -> None:
+    plain, chunked, a, b = pair(OPTIMIZERS["adamw"])
+    _, store = install(chunked)
+    for step in range(3):
+        fill_grads(a, step)
+        fill_grads(b, step)
+        plain.step()
+        chunked.step()
+        for optimizer, p in ((plain, a[0]), (chunked, b[0])):
+            optimizer.state[p]["exp_avg"] = torch.full_like(p, 0.25)
+    fill_grads(a, 4)
+    fill_grads(b, 4)
+    plain.step()
+    chunked.step()
+    assert_at_home(chunked, store)
+    assert_same(plain, chunked)
+    plain.state.clear()
+    chunked.state.clear()
+    plain.step()
+    chunked.step()
+    assert_same(plain, chunked)
+
+
+def test_unmanaged_state_stays_plain() -> None:
+    class Homeless(NotHere):
+        def home_of_state(self, *args: Any) -> None:
+            return None
+
+    plain, chunked, a, b = pair(OPTIMIZERS["adamw"])
+    known = profile(chunked)
+    store = Homeless(chunked, known, 22_000)
+    ChunkedStep(chunked, known, store, piece_elements=PIECE)
+    for step in range(3):
+        fill_grads(a, step)
+        fill_grads(b, step)
+        plain.step()
+        chunked.step()
+    assert_same(plain, chunked)
+
+
+def test_add_param_group_after_wrap() -> None:
+    plain, chunked, a, b = pair(OPTIMIZERS["adamw"])
+    install(chunked)
+    for step in range(4):
+        if step == 2:
+            for optimizer, params in ((plain, a), (chunked, b)):
+                params.append(nn.Parameter(torch.ones(40, 5)))
+                optimizer.add_param_group({"params": params[-1:], "lr": 0.0})
+        fill_grads(a, step)
+        fill_grads(b, step)
+        plain.step()
+        chunked.step()
+    assert_same(plain, chunked)
+    assert torch.equal(b[-1], torch.ones(40, 5))
+
+
+def test_odd_layouts_are_stepped_whole() -> None:
+    layouts = []
+    for _ in range(2):
+        g = torch.Generator().manual_seed(3)
+        across = nn.Parameter(torch.randn(40, 1000, generator=g).t())
+        plain_one = nn.Parameter(torch.randn(1000, 40, generator=g))
+        layouts.append([across, plain_one])
+    plain, chunked = O.AdamW(layouts[0]), O.AdamW(layouts[1])
+    install(chunked)
+    for step in range(3):
+        for params in layouts:
+            fill_grads(params, step)
+            g = torch.Generator().manual_seed(step)
+            params[1].grad = torch.randn(40, 1000, generator=g).t()  # and it is cut in two groups
+        plain.step()
+        chunked.step()
+    assert_same(plain, chunked)
+
+
+def test_close_gives_back_the_plain_step() -> None:
+    plain, chunked, a, b = pair(OPTIMIZERS["adamw"])
+    work, store = install(chunked)
+    for step in range(4):
+        fill_grads(a, step)
+        fill_grads(b, step)
+        plain.step()
+        chunked.step()
+        if step == 1:
+            work.close()
+            store.entered = []
+    assert store.entered == []
+    assert_same(plain, chunked)
