@@ -21,6 +21,7 @@ from offload.runconfig import RunConfig, build_config, key_paths, read_yaml, wit
 
 app = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train and run models larger than memory, on one machine.",
@@ -36,13 +37,19 @@ _Real = float | None
 _Switch = bool | None
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
+    """Hold the options that stand before a command, and keep ``finetune`` a command of its own."""
 
 
 @app.command()
@@ -70,7 +77,8 @@ def finetune(
     dtype: Annotated[_Text, Option(help="Parameters in float32 or bfloat16.")] = None,
     bf16: Annotated[_Switch, Option("--bf16/--no-bf16", help="Compute in bfloat16.")] = None,
     gradient_checkpointing: Annotated[
-        _Switch, Option("--gradient-checkpointing/--no-gradient-checkpointing")
+        _Switch,
+        Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Trade time for RAM."),
     ] = None,
     seed: Annotated[_Whole, Option(help="Fixes initial weights, order and dropout.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on from the newest checkpoint.")] = False,

@@ -58,6 +58,7 @@ class Engine:
         self._queue: deque[int] = deque()  # planned loads that wait for room
         self._last: tuple[Need, ...] = ()
         self.phase = Phase.FORWARD
+        self.largest_gradient_bytes = 0
 
     # -- the steady state -------------------------------------------------------------------
 
@@ -78,6 +79,9 @@ class Engine:
         keep = {n.chunk for n in needs}
         for need in needs:
             self._serve(self.space.chunks[need.chunk], need.access, keep)
+        self._hold_back(keep)
+        if self.follower is not None and self.follower.before_user_code:
+            self.settle()
         self._pump()
         self._last = needs
         if self.recorder is not None:
@@ -128,7 +132,7 @@ class Engine:
             if chunk.id in self._leaving:
                 self._stay(chunk)
             elif chunk.backing is Backing.FILE and chunk.loading is None:
-                if self.ledger.room_bytes < chunk.size_bytes:
+                if self.ledger.room_bytes < chunk.size_bytes + self._coming_bytes():
                     return
                 self.counters.planned_loads += 1
                 self._start_load(chunk)
@@ -148,6 +152,30 @@ class Engine:
         """Evict until so much could be taken. Raises BudgetError."""
         if self.ledger.room_bytes < size_bytes:
             self._make_room(size_bytes, {n.chunk for n in self._last}, what)
+
+    def _coming_bytes(self) -> int:
+        """Other memory that this moment will take before the next: as recorded, else as feared.
+
+        In a recorded backward pass nobody knows where the next gradient appears, so there is
+        always room for the largest.
+        """
+        if self.follower is not None and self.follower.cursor >= 0:
+            planned = self.follower.trace.moments[self.follower.cursor].other_bytes
+            return max(planned - self.ledger.other_bytes, 0)
+        return self.largest_gradient_bytes if self.phase is Phase.BACKWARD else 0
+
+    def _hold_back(self, keep: set[int]) -> None:
+        """Make that room where it can be had; where it cannot, taking it will say so."""
+        coming = self._coming_bytes()
+        while self.ledger.room_bytes < coming:
+            if self._leaving:
+                chunk = next(iter(self._leaving.values()))
+                self._waiting("write", lambda c=chunk: self._finish_leaving(c))  # type: ignore[misc]
+                continue
+            victim = self._victim(keep | {n.chunk for n in self._last})
+            if victim is None:
+                return
+            self._evict(victim)
 
     def _make_room(self, size_bytes: int, keep: set[int], what: str = "a chunk") -> None:
         while self.ledger.room_bytes < size_bytes:
@@ -266,6 +294,10 @@ class Engine:
         while self._leaving:
             chunk = next(iter(self._leaving.values()))
             self._waiting("write", lambda c=chunk: self._finish_leaving(c))  # type: ignore[misc]
+
+    def leave_forward(self) -> None:
+        """The model's forward pass is over: user code runs."""
+        self.settle()
         self._last = ()
 
     def begin(self, recorder: Recorder, follower: Follower | None) -> None:
@@ -292,6 +324,7 @@ class Engine:
         self._pump()
         self.settle()
         self._pump()
+        self._last = ()
 
     def evict(self, chunks: Iterable[int]) -> None:
         """Send these chunks home now (for tests, and for a device tier that needs the room)."""

@@ -35,9 +35,9 @@ class Runtime(Protocol):
     """The part of ``offload.runtime(model)`` that the loop uses."""
 
     def stats(self) -> dict[str, Any]: ...
-    def save(self, directory: Path, scheduler: Any, extra: dict[str, Any]) -> None: ...
-    def load(self, directory: Path, scheduler: Any) -> dict[str, Any]: ...
-    def export(self, directory: Path) -> None: ...
+    def save(self, directory: Path, scheduler: Any, extra: dict[str, Any], /) -> None: ...
+    def load(self, directory: Path, scheduler: Any, /) -> dict[str, Any]: ...
+    def export(self, directory: Path, /) -> None: ...
     def close(self) -> None: ...
 
 
@@ -71,15 +71,9 @@ class OffloadEngine:
     ) -> Runtime:
         import offload
 
-        offload.wrap(
-            model,
-            optimizer,
-            compute_dtype=torch.bfloat16 if config.compute.bf16 else None,
-            max_grad_norm=config.optimizer.max_grad_norm or None,
-            **asdict(config.memory),
-        )
-        runtime: Runtime = offload.runtime(model)
-        return runtime
+        # The budgets are those the model was made with.
+        offload.wrap(model, optimizer, max_grad_norm=config.optimizer.max_grad_norm or None)
+        return offload.runtime(model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +247,7 @@ def _forward_backward(session: _Session, rows: list[int]) -> float:
     total = 0.0
     for first in range(0, len(rows), size):
         chosen = rows[first : first + size]
-        loss = _loss(session.model, blocks, chosen) * (_target_count(blocks, chosen) / targets)
+        loss = _loss(session, blocks, chosen) * (_target_count(blocks, chosen) / targets)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     return total
@@ -263,10 +257,20 @@ def _target_count(blocks: Blocks, rows: list[int]) -> int:
     return int(blocks.learned[rows, 1:].sum())  # the first token of a row is never predicted
 
 
-def _loss(model: torch.nn.Module, blocks: Blocks, rows: list[int]) -> torch.Tensor:
+def _loss(session: _Session, blocks: Blocks, rows: list[int]) -> torch.Tensor:
+    """Mean loss, [], over the learned tokens of ``rows``."""
     input_ids = torch.from_numpy(blocks.input_ids(rows))  # [rows, seq_len]
     labels = torch.from_numpy(blocks.labels(rows))  # [rows, seq_len]
-    loss: torch.Tensor = model(input_ids=input_ids, labels=labels, use_cache=False).loss
+    # No cache of casts: it would hold a copy of every weight until the end of the pass.
+    mixed = torch.autocast(
+        input_ids.device.type,
+        torch.bfloat16,
+        enabled=session.job.config.compute.bf16,
+        cache_enabled=False,
+    )
+    with mixed:
+        output = session.model(input_ids=input_ids, labels=labels, use_cache=False)
+    loss: torch.Tensor = output.loss
     return loss
 
 
@@ -290,7 +294,7 @@ def _evaluate(session: _Session) -> float:
     for first in range(0, min(usable, EVAL_BATCHES * size), size):
         rows = list(range(first, min(first + size, usable)))
         count = _target_count(blocks, rows)
-        total += _loss(session.model, blocks, rows).item() * count
+        total += _loss(session, blocks, rows).item() * count
         targets += count
     session.model.train()
     return total / targets

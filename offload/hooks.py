@@ -62,6 +62,11 @@ class Hooks:
         self._in_backward = False
         self._rng: Tensor | None = None
         activations = Activations(engine.take_other, engine.ledger.give_other)
+        self._shared = _shared_homes(model, binding)
+        self._pending: set[Home] = set()
+        engine.largest_gradient_bytes = max(
+            (_grad_bytes(h) for h in binding.homes.values() if h.family.trained), default=0
+        )
         self._saved = SavedTensors(engine.space.chunks_at, self._unpacked, activations)
         self._handles = self._attach(model)
 
@@ -115,7 +120,7 @@ class Hooks:
         if self._steps.current is Kind.INFER:
             self._steps.end()
         else:
-            self._engine.settle()
+            self._engine.leave_forward()
 
     def _unit(self, needs: tuple[Need, ...]) -> Callable[..., None]:
         def enter(module: nn.Module, args: object) -> None:
@@ -140,10 +145,16 @@ class Hooks:
     def _unpacked(self, chunks: tuple[int, ...]) -> None:
         self._in_backward = True
         self._engine.need(Phase.BACKWARD, tuple(Need(c, Access.READ) for c in chunks))
+        for c in chunks:
+            home = self._shared.get(c)
+            if home is not None and home not in self._pending:
+                # Autograd keeps a shared weight's first gradient until its last use is reached.
+                self._engine.take_other(_grad_bytes(home), f"the gradient of {home.name}")
+                self._pending.add(home)
 
     def _gradient(self, home: Home) -> tuple[Callable[..., None], Callable[..., None]]:
         engine, binding = self._engine, self._binding
-        size_bytes = home.param.numel() * home.param.element_size()
+        size_bytes = _grad_bytes(home)
         whole = tuple(Need(c, Access.WRITE) for c in home.grad_chunks)
 
         def before(grad: Tensor) -> None:
@@ -161,6 +172,9 @@ class Hooks:
             if param.grad is not None and not home.grad_is_home:
                 settle_gradient(engine, binding, home)
             engine.ledger.give_other(size_bytes)
+            if home in self._pending:
+                self._pending.discard(home)
+                engine.ledger.give_other(size_bytes)
             if self._on_grad is not None:
                 self._on_grad(home.param)
 
@@ -175,6 +189,24 @@ class Hooks:
     def _leave_contexts(self) -> None:
         while self._contexts:
             self._contexts.pop().__exit__(None, None, None)
+
+
+def _grad_bytes(home: Home) -> int:
+    return home.param.numel() * home.param.element_size()
+
+
+def _shared_homes(model: nn.Module, binding: Binding) -> dict[int, Home]:
+    """Trained parameters that several modules hold (tied weights), by their chunks."""
+    holders: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            holders[param] = holders.get(param, 0) + 1
+    return {
+        c: home
+        for param, home in binding.homes.items()
+        if holders.get(param, 0) > 1 and home.family.trained
+        for c in home.weight_chunks
+    }
 
 
 def settle_gradient(engine: Engine, binding: Binding, home: Home) -> None:

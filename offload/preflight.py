@@ -75,9 +75,11 @@ def parameter_count(model_config: Any) -> int:
 def _factory(config: RunConfig, model_config: Any) -> Callable[[], Any] | None:
     if config.model != TINY_MODEL:
         return None
+    import torch
     from transformers import AutoModelForCausalLM
 
-    return lambda: AutoModelForCausalLM.from_config(model_config)
+    dtype = getattr(torch, config.compute.dtype)
+    return lambda: AutoModelForCausalLM.from_config(model_config, dtype=dtype)
 
 
 def _model_config(model: str) -> Any:

@@ -64,6 +64,14 @@ class Follower:
             for need in moment.needs:
                 self._uses[need.chunk].append(i)
 
+    @property
+    def before_user_code(self) -> bool:
+        """Whether the user's own code runs next: after the last moment of a backward pass."""
+        moments, at = self.trace.moments, self.cursor
+        if at < 0 or moments[at].phase is not Phase.BACKWARD:
+            return False
+        return at + 1 == len(moments) or moments[at + 1].phase is not Phase.BACKWARD
+
     def restart(self) -> None:
         """Go back to the start of the step."""
         self.cursor, self.strays = -1, 0

@@ -65,7 +65,7 @@ class RunDirectory:
             raise InputError(
                 f"cannot write in {self.root}: {error.strerror}; choose another --output"
             ) from error
-        if False and (self.checkpoints() or self.model.exists()):
+        if not resume and (self.checkpoints() or self.model.exists()):
             raise InputError(
                 f"{self.root} already holds a run; continue it with --resume, "
                 "or choose another --output"

@@ -118,13 +118,15 @@ def profile(optimizer: Optimizer) -> OptimizerProfile:
     kinds: dict[_Kind, list[nn.Parameter]] = {}
     for i, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
-            kinds.setdefault(_Kind(i, tiny_shape(p.shape), p.dtype), []).append(p)
+            if p.numel():  # some optimizers divide by the number of elements
+                kinds.setdefault(_Kind(i, tiny_shape(p.shape), p.dtype), []).append(p)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         samples = _samples(optimizer, kinds)
         calls_closure = _check_empty_step(optimizer, calls_closure)
         outcomes = _check_uncoupled(optimizer, samples)
-        known: dict[nn.Parameter, ParamProfile] = {}
+        nothing = ParamProfile(True, (), (), frozenset())
+        known = {p: nothing for group in optimizer.param_groups for p in group["params"]}
         for n, (kind, params) in enumerate(kinds.items()):
             index = n * _COPIES
             cuts = _is_elementwise(optimizer, samples[index], outcomes[index])
@@ -136,7 +138,7 @@ def profile(optimizer: Optimizer) -> OptimizerProfile:
 def tiny_shape(shape: Iterable[int]) -> tuple[int, ...]:
     """A shape of about a thousand elements, dimensions distinct and in the same order of size.
 
-    Dimensions 0 and 1 stay: broadcasting and factoring depend on them.
+    Dimensions of 1 stay: broadcasting and factoring depend on them.
     """
     dims = tuple(shape)
     large = sorted((i for i, d in enumerate(dims) if d > 1), key=lambda i: (dims[i], i))
@@ -196,7 +198,7 @@ def _tiny_state(param: nn.Parameter, kind: _Kind, entries: Mapping[str, Any]) ->
     for name, value in entries.items():
         if isinstance(value, Tensor) and value.dim() > 0:
             shape = _mapped(tuple(value.shape), tuple(param.shape), kind.shape, sizes)
-            first = value[(0,) * value.dim()].item() if value.numel() else 0
+            first = value[(0,) * value.dim()].item()
             tiny[name] = torch.full(shape, first, dtype=value.dtype)
         else:
             tiny[name] = own_copy(value)
@@ -208,7 +210,7 @@ def _products(source: tuple[int, ...], target: tuple[int, ...]) -> dict[int, int
     ends = range(len(source) + 1)
     spans = sorted(((i, j) for i in ends for j in ends if i < j), key=lambda s: s[0] - s[1])
     sizes = {math.prod(source[i:j]): math.prod(target[i:j]) for i, j in spans}
-    return sizes | {1: 1, 0: 0}
+    return sizes | {1: 1}
 
 
 def _mapped(
@@ -319,7 +321,7 @@ def _check_uncoupled(optimizer: Optimizer, samples: list[_Sample]) -> list[_Samp
 def _is_elementwise(optimizer: Optimizer, sample: _Sample, whole: _Sample) -> bool:
     """Whether stepping flat pieces gives the bits of stepping the whole tensor."""
     numel = sample.weight.numel()
-    if sample.weight.dim() == 0 or numel == 0:
+    if sample.weight.dim() == 0:
         return True
     step = align_elements(sample.weight.dtype)
     sizes = (1, 2, 1, 3, 5)

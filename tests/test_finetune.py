@@ -111,19 +111,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = train_tokenizer([])
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        attention_dropout=0.2,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_dropout": 0.2}
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    config = LlamaConfig(max_position_embeddings=64, **sizes, **heads, **tokens)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -151,14 +142,13 @@ def config(tiny_model: Path, tmp_path: Path) -> RunConfig:
     )
 
 
-class StopAt:
+class StopAt(PlainProgress):
     """An observer that presses Ctrl-C during a given step."""
 
     def __init__(self, step: int) -> None:
+        super().__init__(StringIO())
         self._at = step
         self.notes: list[str] = []
-
-    def begin(self, first_step: int, last_step: int) -> None: ...
 
     def step(self, report: StepReport) -> None:
         if report.step == self._at:
@@ -166,10 +156,6 @@ class StopAt:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-
-    def event(self, name: str, values: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def _run(config: RunConfig, *, resume: bool = False, stop_at: int = -1) -> Outcome:
@@ -239,6 +225,7 @@ def test_the_loss_falls_and_the_export_loads_in_plain_transformers(config: RunCo
 def test_metrics_and_checkpoints_are_as_promised(config: RunConfig) -> None:
     _run(config)
     rows = _metrics(config)
+    assert [row["lr"] for row in rows] == [1e-2 * lr_factor(s, 2, 6) for s in range(6)]
     assert rows[0]["tokens"] == 2 * 2 * 32
     assert rows[0]["tier_bytes"] == {"host": 7 << 20}
     assert {"loss", "lr", "grad_norm", "step_s", "tokens_per_s", "bound_s"} <= rows[0].keys()
@@ -268,11 +255,8 @@ def test_accumulation_is_the_mean_over_tokens_not_of_means(config: RunConfig) ->
     losses = []
     for size, accumulate in ((4, 1), (1, 4)):
         data = replace(config.data, path=str(path), batch_size=size, accumulate=accumulate)
-        name = f"{config.output}-{size}"
-        one = replace(config, data=data, schedule=still, output=name)
-        engine = _NoDropout()
-        outcome = finetune(one, observer=PlainProgress(StringIO()), engine=engine)
-        losses.append(outcome.loss)
+        one = replace(config, data=data, schedule=still, output=f"{config.output}-{size}")
+        losses.append(finetune(one, observer=StopAt(-1), engine=_NoDropout()).loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 

@@ -73,6 +73,8 @@ class SpillFile:
         self.limit_bytes = limit_bytes
         self._direct_fd = _open_direct(path)
         self._last_change_ns = 0
+        self._writing = 0
+        self._foreign = False
         self._lock = threading.Lock()
         path.unlink()
         private.rmdir()
@@ -103,7 +105,7 @@ class SpillFile:
                 "larger host_memory",
             ) from error
         self.used_bytes += size_bytes
-        self._see_change()
+        self._last_change_ns = self._changed_ns()
         return offset
 
     def read(self, address: int, size_bytes: int, offset: int) -> int:
@@ -113,18 +115,24 @@ class SpillFile:
 
     def write(self, address: int, size_bytes: int, offset: int) -> int:
         memory = vm.buffer_at(address, size_bytes)
-        # The checksum comes first: it warms no cache that O_DIRECT would use, and if memory
-        # changes meanwhile the file disagrees with it, which the next read reports.
+        with self._lock:
+            self._look()
+            self._writing += 1
+        # The checksum comes first: if memory changes meanwhile the file disagrees with it, which
+        # the next read reports.
         checksum = int(crc32c(memory))
-        _whole(os.pwritev, self._io_fd, memoryview(memory).cast("B"), offset)
-        self._see_change()
+        try:
+            _whole(os.pwritev, self._io_fd, memoryview(memory).cast("B"), offset)
+        finally:
+            with self._lock:
+                self._writing -= 1
+                self._last_change_ns = max(self._changed_ns(), self._last_change_ns)
         return checksum
 
     def foreign_write(self) -> bool:
         with self._lock:
-            changed_ns = os.fstat(self.fd).st_mtime_ns
-            foreign = changed_ns > self._last_change_ns
-            self._last_change_ns = max(changed_ns, self._last_change_ns)
+            self._look()
+            foreign, self._foreign = self._foreign, False
         return foreign
 
     def close(self) -> None:
@@ -134,10 +142,19 @@ class SpillFile:
     def _io_fd(self) -> int:
         return self._direct_fd if self._direct_fd is not None else self.fd
 
-    def _see_change(self) -> None:
-        with self._lock:
-            changed_ns = os.fstat(self.fd).st_mtime_ns
-            self._last_change_ns = max(changed_ns, self._last_change_ns)
+    def _changed_ns(self) -> int:
+        return os.fstat(self.fd).st_mtime_ns
+
+    def _look(self) -> None:
+        """Compare the file's time with that after our own last write. Called under the lock.
+
+        While a write of ours is in flight the time says nothing; the engine therefore awaits
+        its writes before user code runs.
+        """
+        if self._writing == 0:
+            changed_ns = self._changed_ns()
+            self._foreign |= changed_ns > self._last_change_ns
+            self._last_change_ns = changed_ns
 
     def _choose_engine(self, announce: Callable[[str], None]) -> str:
         if self._direct_fd is not None and _coherent(self.fd, self._direct_fd):

@@ -97,7 +97,6 @@ class HomeSpace:
         self.fixed_bytes = 0  # regions that have no disk below them
         self._epoch = 0
         self._loads: dict[int, Chunk] = {}
-        self._saves = 0
         self._bases: list[int] = []
         self._regions: list[Region] = []
 
@@ -195,7 +194,6 @@ class HomeSpace:
         if self.disk is None:
             raise OSError(f"{chunk.label} cannot be evicted: this run has no disk tier")
         chunk.saving = Ticket(chunk.id)
-        self._saves += 1
         self.lanes["write"].submit(chunk.saving, self._writing(chunk), chunk.size_bytes)
 
     def finish_save(self, chunk: Chunk) -> None:
@@ -204,7 +202,6 @@ class HomeSpace:
         self.lanes["write"].wait(chunk.saving)
         chunk.crc, chunk.crc_epoch = chunk.saving.result, self._epoch
         chunk.saving, chunk.dirty = None, False
-        self._saves -= 1
 
     def unchanged(self, chunk: Chunk) -> bool:
         """Whether a clean resident chunk still equals the file: nobody wrote to it unseen."""
@@ -261,9 +258,7 @@ class HomeSpace:
 
     def _look_for_foreign_writes(self) -> None:
         """Notice writes made through mappings; read staged copies again if there were any."""
-        if self.disk is None or self._saves:
-            return  # our own writes move the file's time too; they are awaited before user code
-        if not self.disk.foreign_write():
+        if self.disk is None or not self.disk.foreign_write():
             return
         self._epoch += 1
         for chunk in self._loads.values():
