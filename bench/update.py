@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ def alternate(
     return [min(t) for t in times]
 
 
-def measure(flags: dict[str, bool], args: argparse.Namespace) -> dict[str, object]:
+def measure(flags: dict[str, Any], args: argparse.Namespace) -> dict[str, object]:
     """One flavour of AdamW, plain and chunked, from the same weights and gradients."""
     plain_params, chunked_params = make_params(args.params), make_params(args.params)
     plain = torch.optim.AdamW(plain_params, **flags)

@@ -209,7 +209,9 @@ def _build(
     for home in binding.homes.values():
         adopt_parameter(engine, home)
     engine.settle()
-    return Parts(engine, binding, Steps(engine, _planner(engine, given, tuning)))
+    return Parts(engine, binding, Steps(
+        engine, _planner(engine, given, tuning), may_fit=not tuning.keep_hooks
+    ))
 
 
 def _attach(run: Runtime, learnt: OptimizerProfile | None, max_grad_norm: float | None) -> None:

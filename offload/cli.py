@@ -100,7 +100,7 @@ def effective_config(given: dict[str, Any], yaml_file: str | None, *, resume: bo
 
 
 def _run(config: RunConfig, *, resume: bool, as_json: bool) -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # our own line says it; read at import
     import transformers
 
     from offload.finetune import finetune

@@ -98,6 +98,8 @@ class Engine:
         )  # fmt: skip
 
     def _serve(self, chunk: Chunk, access: Access, keep: set[int]) -> None:
+        if self.space.disk is None:
+            return  # every chunk is in memory for good, and none is ever a victim
         if chunk.id in self._leaving:
             self._stay(chunk)
         if chunk.loading is not None:
@@ -174,8 +176,9 @@ class Engine:
                 continue
             victim = self._victim(keep | {n.chunk for n in self._last})
             if victim is None:
-                return
+                break
             self._evict(victim)
+        self.ledger.hold(coming)
 
     def _make_room(self, size_bytes: int, keep: set[int], what: str = "a chunk") -> None:
         while self.ledger.room_bytes < size_bytes:

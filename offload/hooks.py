@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from offload.bind import Binding, Home
@@ -18,7 +19,7 @@ from offload.errors import OffloadError
 from offload.guard import AllocationGuard
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations, SavedTensors
-from offload.steps import Kind, Steps
+from offload.steps import Kind, Mode, Steps
 
 
 def inert(*_: object) -> None:
@@ -68,20 +69,25 @@ class Hooks:
             (_grad_bytes(h) for h in binding.homes.values() if h.family.trained), default=0
         )
         self._saved = SavedTensors(engine.space.chunks_at, self._unpacked, activations)
-        self._handles = self._attach(model)
+        self._largest_input = 0
+        self._root = [
+            model.register_forward_pre_hook(
+                Hook(self._enter_root), prepend=True, with_kwargs=True
+            ),
+            model.register_forward_hook(Hook(self._leave_root), always_call=True),
+        ]
+        self._inner = self._attach(model)
 
     def remove(self) -> None:
         """Detach everything."""
         self._leave_contexts()
-        for handle in self._handles:
+        for handle in (*self._root, *self._inner):
             handle.remove()
-        self._handles.clear()
+        self._root, self._inner = [], []
 
     def _attach(self, model: nn.Module) -> list[RemovableHandle]:
-        handles = [
-            model.register_forward_pre_hook(Hook(self._enter_root), prepend=True),
-            model.register_forward_hook(Hook(self._leave_root), always_call=True),
-        ]
+        """Hooks on units and parameters; not there while everything fits."""
+        handles: list[RemovableHandle] = []
         homes = self._binding.homes
         for module in model.modules():
             direct = [homes[p] for p in module.parameters(recurse=False) if p in homes]
@@ -102,18 +108,38 @@ class Hooks:
 
     # -- forward ----------------------------------------------------------------------------
 
-    def _enter_root(self, module: nn.Module, args: object) -> None:
+    def _enter_root(self, module: nn.Module, args: object, kwargs: object) -> None:
         self._leave_contexts()  # an interrupt may have skipped the last leave
         kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
-        recorded = self._steps.begin(kind)
+        elements = sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        mode = self._steps.begin(kind)
+        if mode is Mode.FITS and elements > self._largest_input:
+            mode = Mode.RECORD  # what fitted was a smaller input: watch this one
+        self._largest_input = max(self._largest_input, elements)
+        if self._relax(module, mode is Mode.FITS):
+            return
         self._in_backward = False
         if kind is Kind.TRAIN:
             self._push(torch.autograd.graph.saved_tensors_hooks(
                 self._saved.pack, self._saved.unpack
             ))  # fmt: skip
-        if recorded:
+        if mode is Mode.RECORD:
             self._rng = torch.get_rng_state()
             self._push(AllocationGuard(self._foresee))
+
+    def _relax(self, module: nn.Module, fits: bool) -> bool:
+        """Take the inner hooks off while everything fits, and put them back when it may not."""
+        if fits and self._inner:
+            for handle in self._inner:
+                handle.remove()
+            self._inner = []
+            # Gradients are then autograd's own tensors, in the room their homes leave.
+            grads = [c for h in self._binding.homes.values() for c in h.grad_chunks]
+            self._engine.evict([c for c in grads if self._engine.is_dead(c)])
+            self._engine.space.pool.trim()
+        elif not fits and not self._inner:
+            self._inner = self._attach(module)
+        return fits
 
     def _leave_root(self, module: nn.Module, args: object, output: object) -> None:
         self._leave_contexts()

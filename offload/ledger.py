@@ -41,6 +41,10 @@ class Ledger:
         if not idle:
             self._trim(size_bytes, sparing=size_bytes)
 
+    def hold(self, size_bytes: int) -> None:
+        """Free idle frames so that this much can appear before it is debited."""
+        self._trim(size_bytes)
+
     def take_other(self, size_bytes: int) -> None:
         """Debit memory that is not chunks. There must be room."""
         self._trim(size_bytes)

@@ -23,6 +23,14 @@ class Kind(StrEnum):
     INFER = "infer"
 
 
+class Mode(StrEnum):
+    """How a step is run."""
+
+    RECORD = "record"  # on demand, watched closely
+    REPLAY = "replay"  # following the plan
+    FITS = "fits"  # everything stays in memory: nothing to do but the update
+
+
 Planner = Callable[[Trace], Plan]
 
 
@@ -35,6 +43,13 @@ class Track:
     stale: bool = False  # the trace was refined: plan again
     steps: int = 0
     replayed_s: list[float] = field(default_factory=list)
+    fits: bool = False
+
+    @property
+    def mode(self) -> Mode:
+        if self.trace is None:
+            return Mode.RECORD
+        return Mode.FITS if self.fits else Mode.REPLAY
 
 
 @dataclass(slots=True)
@@ -47,21 +62,24 @@ class _Suspended:
 class Steps:
     """Opens and closes steps on the engine. ``plan_for`` may be None: always on demand."""
 
-    def __init__(self, engine: Engine, plan_for: Planner | None) -> None:
+    def __init__(
+        self, engine: Engine, plan_for: Planner | None, *, may_fit: bool = True
+    ) -> None:
+        self._may_fit = may_fit
         self.tracks = {kind: Track() for kind in Kind}
         self.current: Kind | None = None
         self._engine = engine
         self._plan_for = plan_for
         self._suspended: _Suspended | None = None
 
-    def begin(self, kind: Kind) -> bool:
-        """A forward pass of this kind starts; True when its step is a recorded (first) one.
+    def begin(self, kind: Kind) -> Mode:
+        """A forward pass of this kind starts; how its step is run.
 
         A training step that is under way goes on: this is one more micro-batch. An evaluation
         within it is a step of its own, after which training continues where it was.
         """
         if self.current is kind:
-            return self.tracks[kind].trace is None
+            return self.tracks[kind].mode
         if self.current is not None:
             self._suspended = _Suspended(
                 self.current, self._engine.recorder, self._engine.follower
@@ -71,7 +89,7 @@ class Steps:
         track = self.tracks[kind]
         self._make_plan(track)
         self._engine.begin(Recorder(), track.follower)
-        return track.trace is None
+        return track.mode
 
     def end(self) -> None:
         """The running step is over."""
@@ -83,7 +101,7 @@ class Steps:
         recorder = engine.recorder
         trace = recorder.finish(tuple(c.size_bytes for c in engine.space.chunks))
         track.steps += 1
-        if track.follower is not None:
+        if track.mode is not Mode.RECORD:
             track.replayed_s.append(time.perf_counter() - recorder.began_s)
         self._learn(track, trace)
         self._resume()
@@ -117,7 +135,10 @@ class Steps:
             track.trace, track.stale = replace(old, moments=moments), True
 
     def _make_plan(self, track: Track) -> None:
-        if self._plan_for is None or track.trace is None or not track.stale:
+        if track.trace is None or not track.stale:
+            return
+        track.fits = self._may_fit and self._everything_fits(track.trace)
+        if self._plan_for is None:
             return
         last = len(track.trace.moments) - 1
         touched = {n.chunk for m in track.trace.moments for n in m.needs}
@@ -125,3 +146,10 @@ class Steps:
         track.trace = replace(track.trace, dead_after=dead)
         track.follower = Follower(track.trace, self._plan_for(track.trace))
         track.stale = False
+
+    def _everything_fits(self, trace: Trace) -> bool:
+        """Whether no chunk has to leave memory, whatever the step does."""
+        other_bytes = max((m.other_bytes for m in trace.moments), default=0)
+        chunks = self._engine.space.chunks
+        all_bytes = sum(c.size_bytes for c in chunks if c.offset >= 0)
+        return all_bytes + other_bytes <= self._engine.ledger.capacity_bytes

@@ -49,7 +49,9 @@ class UpdateStore:
     def enter(self, group: UpdateGroup) -> None:
         segments, needs = self._plans[group.index]
         if any(s.param.grad is not None for s in segments):
-            self._engine.need(Phase.UPDATE, needs)
+            # Gradients that are not in their homes (everything fits, or set by hand) need none.
+            live = tuple(n for n in needs if not self._engine.is_dead(n.chunk))
+            self._engine.need(Phase.UPDATE, live)
 
     def leave(self, group: UpdateGroup) -> None:
         # The needs were WRITE: the engine takes these chunks for modified already. What is left

@@ -27,7 +27,7 @@ class _Noted:
     norm: Tensor  # []
 
     def holds_for(self, grad: Tensor) -> bool:
-        return self.version == grad._version
+        return self.grad() is grad and self.version == grad._version
 
 
 class GradNorms:

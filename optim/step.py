@@ -79,8 +79,8 @@ class ChunkedStep:
     ) -> None:
         """Install the hooks and move state that exists already into its homes.
 
-        ``max_grad_norm`` of the public interface becomes ``clip``. Raises ValueError for a
-        piece size that is not a multiple of 64 elements.
+        With ``clip`` the gradients are scaled on their way through the update and stay as they
+        are in ``p.grad``. Raises ValueError for a piece size that is not a multiple of 64.
         """
         if piece_elements <= 0 or piece_elements % (4 * ALIGN_ELEMENTS):
             raise ValueError(f"piece_elements must be a multiple of 64, got {piece_elements}")

@@ -61,6 +61,20 @@ class Prodigal(Plain):
         return 1 / (1 + float(group["d"]))
 
 
+class Headcount(Plain):
+    """A group value that only says how many were stepped together."""
+
+    def extra(self, group: dict[str, Any]) -> float:
+        group["n"] = len(group["params"])
+        return 1.0
+
+
+class Dicing(Plain):
+    def extra(self, group: dict[str, Any]) -> float:
+        torch.rand(3)
+        return 1.0
+
+
 class SecretlyCoupled(Plain):
     """The same, but the statistic is not kept."""
 
@@ -138,6 +152,7 @@ def snapshot(optimizer: Optimizer) -> Any:
 REFUSED: dict[str, tuple[Any, str]] = {
     "statistic": (lambda p: Prodigal(p, lr=0.1), "group values|'d'"),
     "secret statistic": (lambda p: SecretlyCoupled(p, lr=0.1), "together with others"),
+    "headcount": (lambda p: Headcount(p, lr=0.1), "which parameters it steps together"),
     "own list": (OwnList, "'mine'"),
     "stray state": (lambda p: StrayState(p, lr=0.1), "belongs to no parameter"),
     "first parameter": (lambda p: FirstParam(p, lr=0.1), "step without parameters fails"),
@@ -158,7 +173,9 @@ def test_coupled_optimizers_are_refused_before_anything_changes(name: str) -> No
 
 
 def test_profile_changes_nothing() -> None:
-    for make in (torch.optim.AdamW, torch.optim.Adagrad, lambda p: Counting(p, lr=0.1)):
+    makes: list[Any] = [torch.optim.AdamW, torch.optim.Adagrad]
+    makes += [lambda p: Counting(p, lr=0.1), lambda p: Dicing(p, lr=0.1)]
+    for make in makes:
         optimizer = make(params((7, 13), (40,)))
         before, random = snapshot(optimizer), torch.get_rng_state()
         profile(optimizer)
