@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from traffic import minimum_bytes
+
 SHAPES = {  # hidden, layers, intermediate, vocabulary
     "tiny": (64, 2, 128, 512),
     "250m": (1024, 14, 2816, 32000),
@@ -28,6 +30,7 @@ def child(args: argparse.Namespace) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import offload
+    from offload.tiers.spec import parse_size
 
     torch.set_num_threads(os.cpu_count() or 1)
     hidden, layers, inter, vocab = SHAPES[args.shape]
@@ -59,7 +62,11 @@ def child(args: argparse.Namespace) -> None:
         print(json.dumps({"step": step, "loss": loss.item(), "step_s": took}), flush=True)
     if not args.plain:
         stats = offload.runtime(model).stats()
-        stats["parameters"] = sum(p.numel() for p in model.parameters())
+        weight_bytes = 4 * sum(p.numel() for p in model.parameters())
+        stats["minimum_bytes"] = minimum_bytes(
+            weight_bytes, 2, parse_size(args.budget), 4 * vocab * hidden
+        )
+        stats["parameters"] = weight_bytes // 4
         print(json.dumps({"stats": stats}), flush=True)
 
 
@@ -110,6 +117,19 @@ def watch(args: argparse.Namespace, shape: str, limit_bytes: int) -> dict[str, o
     return {"lines": lines, "code": process.returncode, "peak_anon_bytes": peak}
 
 
+def summarise(run: dict[str, object]) -> None:
+    """Print the ratios that the promises are about."""
+    lines = run["lines"]
+    assert isinstance(lines, list)
+    stats = next((x["stats"] for x in lines if "stats" in x), None)
+    if stats is None or not stats["step_s"]:
+        return
+    moved = stats["step_bytes"]["read"] + stats["step_bytes"]["write"]
+    print(f"step {stats['step_s']:.2f} s = {stats['step_s'] / stats['bound_s']:.2f} x bound "
+          f"{stats['bound_s']:.2f} s; moved {moved / 1e9:.1f} GB = "
+          f"{moved / stats['minimum_bytes']:.2f} x minimum")  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="1b", choices=SHAPES)
@@ -133,6 +153,7 @@ def main() -> None:
         "plain": args.plain, "base_anon_bytes": base["peak_anon_bytes"], **run,
     }  # fmt: skip
     print(json.dumps(result, indent=1))
+    summarise(run)
     over = int(run["peak_anon_bytes"]) - int(base["peak_anon_bytes"])  # type: ignore[call-overload]
     print(f"peak anonymous less the tiny run's: {over / 2**20:.0f} MiB; exit {run['code']}")
     path = Path(__file__).parent / "results" / "memory.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -63,6 +64,10 @@ class Runtime:
             "wire_bound_s": plan.forecast.wire_bound_s if plan else None,
             "binding": plan.forecast.binding if plan else None,
             "forecast": asdict(plan.forecast) if plan else None,
+            "step_bytes": {
+                name: statistics.median(moved) if moved else None
+                for name, moved in steps.tracks[kind].replayed_bytes.items()
+            },
             "lanes": {
                 name: {
                     "bytes": lane.meter.moved_bytes,

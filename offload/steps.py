@@ -43,6 +43,7 @@ class Track:
     stale: bool = False  # the trace was refined: plan again
     steps: int = 0
     replayed_s: list[float] = field(default_factory=list)
+    replayed_bytes: dict[str, list[int]] = field(default_factory=lambda: {"read": [], "write": []})
     fits: bool = False
 
     @property
@@ -71,6 +72,7 @@ class Steps:
         self._engine = engine
         self._plan_for = plan_for
         self._suspended: _Suspended | None = None
+        self._moved: dict[str, int] = {}
 
     def begin(self, kind: Kind) -> Mode:
         """A forward pass of this kind starts; how its step is run.
@@ -88,6 +90,7 @@ class Steps:
         self.current = kind
         track = self.tracks[kind]
         self._make_plan(track)
+        self._moved = {n: lane.meter.moved_bytes for n, lane in self._engine.space.lanes.items()}
         self._engine.begin(Recorder(), track.follower)
         return track.mode
 
@@ -103,6 +106,9 @@ class Steps:
         track.steps += 1
         if track.mode is not Mode.RECORD:
             track.replayed_s.append(time.perf_counter() - recorder.began_s)
+            for name, lane in engine.space.lanes.items():
+                moved = lane.meter.moved_bytes - self._moved[name]
+                track.replayed_bytes[name].append(moved)
         self._learn(track, trace)
         self._resume()
 

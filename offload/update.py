@@ -55,8 +55,9 @@ class UpdateStore:
 
     def leave(self, group: UpdateGroup) -> None:
         # The needs were WRITE: the engine takes these chunks for modified already. What is left
-        # is the optimizer's temporaries, of which malloc would keep the pages.
-        vm.return_freed_memory()
+        # of a first step is the temporaries in which state was made; malloc would keep them.
+        if self._engine.follower is None:
+            vm.return_freed_memory()
 
     def home_of_state(
         self, param: nn.Parameter, name: str, shape: torch.Size, dtype: torch.dtype

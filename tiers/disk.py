@@ -108,21 +108,29 @@ class SpillFile:
         self._last_change_ns = self._changed_ns()
         return offset
 
-    def read(self, address: int, size_bytes: int, offset: int) -> int:
+    def pull(self, address: int, size_bytes: int, offset: int) -> None:
+        """File to memory, nothing else: what ``read`` adds to this is the checksum."""
         memory = vm.buffer_at(address, size_bytes)
         _whole(os.preadv, self._io_fd, memoryview(memory).cast("B"), offset)
-        return int(crc32c(memory))
+
+    def push(self, address: int, size_bytes: int, offset: int) -> None:
+        """Memory to file, nothing else."""
+        memory = vm.buffer_at(address, size_bytes)
+        _whole(os.pwritev, self._io_fd, memoryview(memory).cast("B"), offset)
+
+    def read(self, address: int, size_bytes: int, offset: int) -> int:
+        self.pull(address, size_bytes, offset)
+        return int(crc32c(vm.buffer_at(address, size_bytes)))
 
     def write(self, address: int, size_bytes: int, offset: int) -> int:
-        memory = vm.buffer_at(address, size_bytes)
         with self._lock:
             self._look()
             self._writing += 1
         # The checksum comes first: if memory changes meanwhile the file disagrees with it, which
         # the next read reports.
-        checksum = int(crc32c(memory))
+        checksum = int(crc32c(vm.buffer_at(address, size_bytes)))
         try:
-            _whole(os.pwritev, self._io_fd, memoryview(memory).cast("B"), offset)
+            self.push(address, size_bytes, offset)
         finally:
             with self._lock:
                 self._writing -= 1

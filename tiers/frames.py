@@ -1,4 +1,8 @@
-"""Frames: huge-page buffers that hold one chunk each, reused so that pages are zeroed once."""
+"""Frames: huge-page buffers that hold one chunk each, reused so that pages are zeroed once.
+
+A new frame is not touched here: its pages appear where it is first written, which for a read
+is inside the lane's worker.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,6 @@ class FramePool:
             return idle.pop(0)
         address = vm.reserve(size_bytes)
         self.huge_pages &= vm.want_huge(address, size_bytes)
-        vm.fill(address, size_bytes, 0)
         self.total_bytes += size_bytes
         return Frame(address, size_bytes)
 

@@ -50,9 +50,9 @@ def probe(folder: Path, size_bytes: int = GIB // 2, rounds: int = 3) -> Machine:
                 for d in range(len(directions))
             ]  # fmt: skip
 
-        rate([disk.write])  # the file's blocks are written once before anything is measured
+        rate([disk.push])  # the file's blocks are written once before anything is measured
         samples = [
-            (rate([disk.read]), rate([disk.write]), rate([disk.read, disk.write]))
+            (rate([disk.pull]), rate([disk.push]), rate([disk.pull, disk.push]))
             for _ in range(rounds)
         ]
     copy = statistics.median(_copy_rate(buffers[0], buffers[1]) for _ in range(5))
