@@ -138,6 +138,9 @@ def main() -> None:
     parser.add_argument("--disk", default="bench-spill")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--seq", type=int, default=64)
+    parser.add_argument(
+        "--results", type=Path, default=Path(__file__).parent / "results" / "memory.jsonl"
+    )
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--child", action="store_true")
     args = parser.parse_args()
@@ -156,8 +159,7 @@ def main() -> None:
     summarise(run)
     over = int(run["peak_anon_bytes"]) - int(base["peak_anon_bytes"])  # type: ignore[call-overload]
     print(f"peak anonymous less the tiny run's: {over / 2**20:.0f} MiB; exit {run['code']}")
-    path = Path(__file__).parent / "results" / "memory.jsonl"
-    with path.open("a") as out:
+    with args.results.open("a") as out:
         out.write(json.dumps({**result, "command": " ".join(sys.argv)}) + "\n")
 
 

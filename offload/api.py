@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from offload.bind import Binding, build_family, family_keys
+from offload.bind import Binding, build_family, family_keys, refuse_shared_storage
 from offload.config import Given, Size, Tuning, understand
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError, SpillError
@@ -139,17 +140,38 @@ def from_pretrained(
     import transformers  # heavy, and only needed here
 
     loader = model_class or transformers.AutoModelForCausalLM
+
+    def load() -> Any:
+        # Loading in threads would escape the scratch mode, which is the loading thread's own.
+        with _environment("HF_DEACTIVATE_ASYNC_LOAD", "1"):
+            return loader.from_pretrained(path_or_id, dtype=dtype or "auto")
+
     return init(
-        lambda: loader.from_pretrained(path_or_id, dtype=dtype or "auto"),
+        load,
         device=device, device_memory=device_memory, host_memory=host_memory,
         disk=disk, disk_memory=disk_memory, tuning=tuning,
     )  # fmt: skip
 
 
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def _taken_over(model: nn.Module, optimizer: Optimizer | None) -> Given | None:
     """End a run that has no optimizer yet, so that one with an optimizer takes its place."""
-    if "_offload" not in model.__dict__:
-        return None
+    handle = model.__dict__.get("_offload")
+    if not isinstance(handle, _Handle) or handle.runtime is None:
+        return None  # never managed, or a copy of a managed model
     before = runtime(model)
     if before.optimizer is not None or optimizer is None:
         raise OffloadError("this model is managed already: offload.runtime(model).close() first")
@@ -183,6 +205,7 @@ def _build(
     tuning: Tuning,
 ) -> Parts:
     """Homes for everything, with the weights moved in."""
+    refuse_shared_storage(model)
     trained = {p for p in learnt.params if p.requires_grad} if learnt is not None else set()
     state = _mirrored_state(learnt)
     copies = 2 + len(state)
@@ -195,7 +218,7 @@ def _build(
         space = HomeSpace(disk, pool, read, write)
         families = [
             build_family(space, named, is_trained, state if is_trained else {}, chunk_bytes)
-            for (_, is_trained), named in family_keys(model, trained).items()
+            for (_, is_trained, _), named in family_keys(model, trained).items()
         ]
     except DiskFull as error:
         raise SpillError(str(error.strerror)) from error
@@ -222,7 +245,7 @@ def _attach(run: Runtime, learnt: OptimizerProfile | None, max_grad_norm: float 
     )
     if optimizer is None or learnt is None:
         return
-    store = UpdateStore(parts.engine, parts.binding, learnt)
+    store = UpdateStore(parts.engine, parts.binding, learnt, optimizer)
     clip = None
     if norms is not None and max_grad_norm is not None:
         clip = Clip(max_grad_norm, tuple(p for p in run.model.parameters()), norms)
@@ -233,9 +256,9 @@ def _attach(run: Runtime, learnt: OptimizerProfile | None, max_grad_norm: float 
     def end(*_: object) -> None:
         parts.steps.end()
 
-    optimizer.register_step_pre_hook(begin)
+    parts.handles.append(optimizer.register_step_pre_hook(begin))
     parts.stepper = ChunkedStep(optimizer, learnt, store, clip=clip)
-    optimizer.register_step_post_hook(end)
+    parts.handles.append(optimizer.register_step_post_hook(end))
 
 
 def _lanes(tuning: Tuning) -> tuple[Lane, Lane]:
@@ -294,7 +317,7 @@ def _refuse_hopeless(model: nn.Module, given: Given, chunk_bytes: int, copies: i
     """Refuse budgets that no plan can meet, before anything is allocated."""
     if given.disk is None:
         return
-    largest = max((p.numel() * p.element_size(), n) for n, p in model.named_parameters())
+    largest = max(((p.numel() * p.element_size(), n) for n, p in model.named_parameters()), default=(0, ""))
     least = max(largest[0] + chunk_bytes, copies * chunk_bytes)
     if given.budget.host_bytes < least:
         what = f"{largest[1]} ({format_size(largest[0])}), or one update of {copies} chunks,"

@@ -5,20 +5,30 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from offload.errors import OffloadError
 from offload.tiers import vm
 from offload.tiers.home import HomeSpace, Region
 from offload.tiers.layout import Layout, lay_out
 
 
-def tensor_at(region: Region, tensor: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def tensor_at(
+    region: Region,
+    tensor: int,
+    like: Tensor,
+    dtype: torch.dtype | None = None,
+    seen: list[weakref.ref[Any]] | None = None,
+) -> Tensor:
     """A tensor over a home, with ``like``'s shape and (where dense) strides.
 
     Each call gives a storage of its own, so that saving one tensor saves only its bytes. The
-    storage keeps the region's mapping alive.
+    storage keeps the region's mapping alive. ``seen`` receives a weak reference that dies with
+    the storage, whatever views or arrays share it.
     """
     dtype = dtype or like.dtype
     numel = like.numel()
@@ -26,6 +36,8 @@ def tensor_at(region: Region, tensor: int, like: Tensor, dtype: torch.dtype | No
         return torch.empty(like.shape, dtype=dtype)
     buffer = vm.buffer_at(region.address_of(tensor), numel * dtype.itemsize)
     buffer.mapping = region.mapping  # type: ignore[attr-defined]
+    if seen is not None:
+        seen.append(weakref.ref(buffer))
     flat = torch.frombuffer(buffer, dtype=dtype, count=numel)
     return torch.as_strided(flat, like.shape, dense_strides(like)).detach()
 
@@ -59,7 +71,11 @@ class Family:
 
 @dataclass(slots=True, eq=False)
 class Home:
-    """One parameter's place. ``grad`` refers to the gradient tensor over its home, while alive."""
+    """One parameter's place.
+
+    ``grad`` is the gradient tensor over its home and ``grad_storage`` its memory, while alive:
+    the user may keep the tensor, a view or a numpy array of it beyond ``zero_grad``.
+    """
 
     name: str
     param: nn.Parameter
@@ -68,20 +84,28 @@ class Home:
     weight_chunks: tuple[int, ...]
     grad_chunks: tuple[int, ...]
     grad: weakref.ref[Tensor] | None = None
+    grad_storage: weakref.ref[Any] | None = None
 
     @property
     def grad_is_home(self) -> bool:
-        """Whether ``param.grad`` is the tensor over our home: its chunks are worth keeping."""
+        """Whether ``param.grad`` is the tensor over our home."""
         return (
             self.grad is not None and self.param.grad is not None
             and self.grad() is self.param.grad
         )  # fmt: skip
 
+    @property
+    def grad_is_held(self) -> bool:
+        """Whether anybody can still read the home: its chunks are worth keeping."""
+        return self.grad_storage is not None and self.grad_storage() is not None
+
     def new_grad(self) -> Tensor:
         """A fresh gradient tensor over the home."""
         assert self.family.grads is not None
-        grad = tensor_at(self.family.grads, self.index, self.param)
+        seen: list[weakref.ref[Any]] = []
+        grad = tensor_at(self.family.grads, self.index, self.param, seen=seen)
         self.grad = weakref.ref(grad)
+        self.grad_storage = seen[0] if seen else None
         return grad
 
 
@@ -101,19 +125,38 @@ class Binding:
                     self._grad_owners.setdefault(chunk, []).append(home)
 
     def is_dead(self, chunk: int) -> bool:
-        """A gradient chunk that no parameter's ``.grad`` refers to any more."""
+        """A gradient chunk that no living tensor refers to any more."""
         owners = self._grad_owners.get(chunk)
-        return owners is not None and not any(h.grad_is_home for h in owners)
+        return owners is not None and not any(h.grad_is_held for h in owners)
 
 
 def family_keys(
     model: nn.Module, trained: set[nn.Parameter]
-) -> dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]]:
-    """Parameters of a model by (dtype, trained), in registration order, tied ones once."""
-    keys: dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
+) -> dict[tuple[torch.dtype, bool, bool], list[tuple[str, nn.Parameter]]]:
+    """Parameters by (dtype, trained, contiguous), in registration order, tied ones once."""
+    keys: dict[tuple[torch.dtype, bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, param in model.named_parameters():
-        keys.setdefault((param.dtype, param in trained), []).append((name, param))
+        key = (param.dtype, param in trained, param.is_contiguous())
+        keys.setdefault(key, []).append((name, param))
     return keys
+
+
+def refuse_shared_storage(model: nn.Module) -> None:
+    """Two Parameters over the same memory would come apart: refuse them by name.
+
+    Tied weights are one Parameter under two names, and fine.
+    """
+    spans = sorted(
+        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
+        for name, p in model.named_parameters()
+        if p.numel()
+    )
+    for (_, end, first), (start, _, second) in pairwise(spans):
+        if start < end:
+            raise OffloadError(
+                f"{first} and {second} are two Parameters over the same memory; tie them by "
+                "assigning the same Parameter object to both"
+            )
 
 
 def build_family(

@@ -11,34 +11,35 @@ Gradients are not saved: save between ``optimizer.step()`` and the next forward 
 from __future__ import annotations
 
 import os
-import random
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from offload.bind import tensor_at
-from offload.codec import decode, encode
+from offload.codec import decode
+from offload.contents import gather, saved_weights
 from offload.engine import Engine
 from offload.errors import CheckpointError
 from offload.manifest import is_checkpoint, read_json, read_manifest, write_json, write_manifest
 from offload.publish import existing, replacing
+from offload.restore import (
+    StateTargets,
+    check_scheduler,
+    check_weights,
+    restore_modules,
+    restore_random,
+)
 from offload.run import Runtime
 from offload.stream import between_steps, fill_tensor, spec_of, write_tensors
 from offload.stsafe import (
-    DTYPES,
     VERIFY_BYTES,
     FileRecord,
     HashingReader,
     Spec,
-    code_of,
     damaged,
     no_space,
     shard,
@@ -49,22 +50,7 @@ from offload.tiers.spec import GIB, MIB, format_size
 SHARD_BYTES = GIB
 RECORD, VALUES = "run.json", "values.safetensors"
 _SPARE_BYTES = 4 * MIB  # headers, JSON and directory entries
-_EXTRA_STATE = "_extra_state"  # the name that nn.Module.get_extra_state has in a state_dict
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Contents:
-    """What is saved: tensors by name, and the rest as JSON."""
-
-    weights: Mapping[str, Tensor]
-    states: Mapping[str, Tensor]
-    values: Mapping[str, Tensor]
-    record: Mapping[str, Any]
-
-    @property
-    def size_bytes(self) -> int:
-        tensors = (*self.weights.values(), *self.states.values(), *self.values.values())
-        return sum(t.numel() * t.element_size() for t in tensors)
+VERIFIERS = 2  # threads: one hash is slower than the disk
 
 
 # -- saving ---------------------------------------------------------------------------------
@@ -87,7 +73,7 @@ def save(
     and training can go on.
     """
     engine = run.parts.engine
-    contents = _contents(run, scheduler, extra)
+    contents = gather(run, scheduler, extra)
     try:
         with (
             between_steps(engine),
@@ -108,7 +94,11 @@ def save(
 
 
 def _write_shards(
-    engine: Engine, folder: Path, stem: str, tensors: Mapping[str, Tensor], helper: ThreadPoolExecutor
+    engine: Engine,
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, Tensor],
+    helper: ThreadPoolExecutor,
 ) -> dict[str, FileRecord]:
     shards = shard((spec_of(k, v) for k, v in tensors.items()), SHARD_BYTES)
     files = {}
@@ -140,106 +130,13 @@ def _cannot_save(path: Path, error: OSError, size_bytes: int) -> CheckpointError
     )
 
 
-def _contents(run: Runtime, scheduler: Any, extra: dict[str, Any] | None) -> _Contents:
-    weights = _saved_weights(run.model)
-    values: dict[str, Tensor] = {}
-    states: dict[str, Tensor] = {}
-    record = {
-        "torch": str(torch.__version__),
-        "weights": {k: [code_of(k, t.dtype), list(t.shape)] for k, t in weights.items()},
-        "extra_state": encode(_extra_state(run.model), "extra_state", values),
-        "optimizer": _describe_optimizer(run, states, values) if run.optimizer else None,
-        "scheduler": encode(
-            None if scheduler is None else scheduler.state_dict(), "scheduler", values
-        ),
-        "rng": encode(_random_states(), "rng", values),
-        "extra": encode(extra or {}, "extra", values),
-    }
-    return _Contents(weights, states, values, record)
-
-
-def _saved_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, shared ones once."""
-    kept = model.state_dict(keep_vars=True).keys()
-    buffers = {k: b for k, b in model.named_buffers() if k in kept}
-    return dict(model.named_parameters()) | buffers
-
-
-def _extra_state(model: nn.Module) -> dict[str, Any]:
-    """What modules add to their state_dict by ``get_extra_state``, by the module's name."""
-    found = model.state_dict(keep_vars=True).items()
-    return {
-        k.removesuffix(_EXTRA_STATE).removesuffix("."): v
-        for k, v in found
-        if k.endswith(_EXTRA_STATE)
-    }
-
-
-def _describe_optimizer(
-    run: Runtime, states: dict[str, Tensor], values: dict[str, Tensor]
-) -> dict[str, Any]:
-    """The optimizer as JSON. Tensors of its state go to ``states``, state by state, so that
-    neighbouring parameters' pieces of one chunk are read together."""
-    optimizer = run.optimizer
-    assert optimizer is not None
-    names = {p: k for k, p in run.model.named_parameters()}
-    described: dict[str, dict[str, Any]] = {}
-    found: dict[str, dict[str, Tensor]] = {}
-    for param, entries in optimizer.state.items():
-        row = described.setdefault(_name_of(param, names), {})
-        for key, value in entries.items():
-            full = f"{names[param]}::{key}"
-            if isinstance(value, Tensor):
-                found.setdefault(key, {})[full] = value
-                where = value.device.type
-                row[key] = {"$state": [code_of(full, value.dtype), list(value.shape), where]}
-            else:
-                row[key] = encode(value, full, values)
-    for tensors in found.values():
-        states.update(tensors)
-    groups = [
-        {
-            "params": [_name_of(p, names) for p in group["params"]],
-            "values": encode(_group_values(group), f"param_groups[{i}]", values),
-        }
-        for i, group in enumerate(optimizer.param_groups)
-    ]
-    return {"class": _class_name(optimizer), "groups": groups, "state": described}
-
-
-def _name_of(param: nn.Parameter, names: Mapping[nn.Parameter, str]) -> str:
-    if param not in names:
-        raise CheckpointError(
-            f"the optimizer has a parameter of shape {tuple(param.shape)} that is not in the "
-            "model: it has no name to be saved under"
-        )
-    return names[param]
-
-
-def _group_values(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in group.items() if k not in ("params", "param_names")}
-
-
-def _class_name(optimizer: Optimizer) -> str:
-    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-
-
-def _random_states() -> dict[str, Any]:
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
-    }
-
-
 # -- loading --------------------------------------------------------------------------------
 
 
 def load(run: Runtime, path: str | os.PathLike[str], *, scheduler: Any = None) -> dict[str, Any]:
     """Go on from a checkpoint: everything `save` wrote is put back; returns its ``extra``.
 
-    The run must be of the same model and optimizer, under any budgets. A run without an
+    The run must be of the same model and optimizer; budgets may differ. A run without an
     optimizer takes the weights only. Gradients are left as they are.
 
     Raises CheckpointError, before anything is changed, when the checkpoint is missing, damaged
@@ -249,29 +146,64 @@ def load(run: Runtime, path: str | os.PathLike[str], *, scheduler: Any = None) -
     files = read_manifest(folder)
     if not {RECORD, VALUES} <= files.keys():
         raise damaged(folder / RECORD, "is not listed")
-    engine = run.parts.engine
     record = read_json(folder / RECORD, files[RECORD])
-    weights = _saved_weights(run.model)
-    _check_weights(folder, record["weights"], weights)
-    states = _check_optimizer(folder, record["optimizer"], run)
-    _check_scheduler(folder, record["scheduler"], scheduler)
+    weights = saved_weights(run.model)
+    check_weights(folder, record["weights"], weights)
+    check_scheduler(folder, record["scheduler"], scheduler)
+    states = StateTargets(run, record["optimizer"], folder)
+    engine = run.parts.engine
+    values: dict[str, Tensor] = {}
     with between_steps(engine):
         _verify(engine, folder, files)
-        values: dict[str, Tensor] = {}
-        _read(engine, folder / VALUES, files[VALUES], _Fresh(values))
+        _read(engine, folder / VALUES, files[VALUES], partial(_new, values))
         for name in sorted(files):
             if name.startswith("weights-"):
-                _read(engine, folder / name, files[name], _Known(weights))
+                _read(engine, folder / name, files[name], lambda spec: weights[spec.name])
             elif name.startswith("optimizer-") and run.optimizer is not None:
-                _read(engine, folder / name, files[name], states)
+                _read(engine, folder / name, files[name], states.make)
     for weight in weights.values():
         torch.autograd.graph.increment_version(weight)  # as load_state_dict would
-    for name, value in decode(record["extra_state"], values).items():
-        run.model.get_submodule(name).set_extra_state(value)
-    if run.optimizer is not None:
-        _restore_optimizer(run, record["optimizer"], states, values)
+    restore_modules(run.model, record["extra_state"], values)
+    states.bind(values)
     if scheduler is not None:
         scheduler.load_state_dict(decode(record["scheduler"], values))
-    _restore_random(decode(record["rng"], values))
+    restore_random(decode(record["rng"], values))
     extra: dict[str, Any] = decode(record["extra"], values)
     return extra
+
+
+def _verify(engine: Engine, folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """Compare every file with its sha256, before a byte of the run is changed."""
+
+    def verify(name: str) -> None:
+        with HashingReader(folder / name, files[name]) as reader:
+            reader.finish()
+
+    engine.take_other(VERIFIERS * VERIFY_BYTES, "checking a checkpoint")
+    try:
+        with ThreadPoolExecutor(VERIFIERS, "verify") as pool:
+            list(pool.map(verify, files))
+    finally:
+        engine.ledger.give_other(VERIFIERS * VERIFY_BYTES)
+
+
+def _read(
+    engine: Engine, path: Path, record: FileRecord, target_of: Callable[[Spec], Tensor]
+) -> None:
+    """Stream one file into the tensors that ``target_of`` names."""
+    with HashingReader(path, record) as reader:
+        for spec in reader.read_header():
+            try:
+                target = target_of(spec)
+            except KeyError as error:
+                raise damaged(path, f"holds {spec.name}, which {RECORD} does not list") from error
+            if (spec.dtype, spec.shape) != (target.dtype, tuple(target.shape)):
+                raise damaged(path, f"holds {spec.name} as {RECORD} does not")
+            fill_tensor(engine, target, reader.read_into)
+        reader.finish()
+
+
+def _new(values: dict[str, Tensor], spec: Spec) -> Tensor:
+    """A small tensor of its own."""
+    values[spec.name] = torch.empty(spec.shape, dtype=spec.dtype)
+    return values[spec.name]

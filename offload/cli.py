@@ -90,6 +90,34 @@ def finetune(
     _run(effective_config(given, config, resume=resume), resume=resume, as_json=as_json)
 
 
+@app.command()
+def probe(
+    disk: Annotated[str, Option(help="Directory on the disk to measure.")] = ".",
+    as_json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Measure the disk (each direction and both at once) and host copies; remember the result."""
+    import json
+
+    from offload.tiers.probe import remembered_at, remember
+    from offload.tiers.probe import probe as measure
+
+    folder = Path(disk).expanduser()
+    machine = measure(folder)
+    remember(folder, machine)
+    if as_json:
+        typer.echo(json.dumps(machine.to_dict()))
+        return
+    for name, what in (
+        ("read_bytes_per_s", "disk read, alone"),
+        ("write_bytes_per_s", "disk write, alone"),
+        ("mixed_read_bytes_per_s", "disk read while writing"),
+        ("mixed_write_bytes_per_s", "disk write while reading"),
+        ("copy_bytes_per_s", "memory copy, one thread"),
+    ):
+        typer.echo(f"{what:26}{machine.to_dict()[name] / 1e9:8.2f} GB/s")
+    typer.echo(f"kept in {remembered_at(folder)}")
+
+
 def effective_config(given: dict[str, Any], yaml_file: str | None, *, resume: bool) -> RunConfig:
     """Flags over the YAML file over defaults; a resumed run starts from its own ``config.yaml``."""
     if yaml_file is None and resume:

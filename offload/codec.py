@@ -77,7 +77,9 @@ def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     raise CheckpointError(f"a value of kind {tag} is unknown: saved by a newer version")
 
 
-def _items(values: list[Any] | tuple[Any, ...], where: str, tensors: dict[str, Tensor]) -> list[Any]:
+def _items(
+    values: list[Any] | tuple[Any, ...], where: str, tensors: dict[str, Tensor]
+) -> list[Any]:
     return [encode(v, f"{where}[{i}]", tensors) for i, v in enumerate(values)]
 
 

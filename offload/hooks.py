@@ -61,10 +61,10 @@ class Hooks:
         self._on_grad = on_grad
         self._contexts: list[Any] = []
         self._in_backward = False
-        self._rng: Tensor | None = None
+        self._before: Before | None = None
         activations = Activations(engine.take_other, engine.ledger.give_other)
         self._shared = _shared_homes(model, binding)
-        self._pending: set[Home] = set()
+        self._in_flight = InFlight(engine)
         engine.largest_gradient_bytes = max(
             (_grad_bytes(h) for h in binding.homes.values() if h.family.trained), default=0
         )
@@ -110,6 +110,7 @@ class Hooks:
 
     def _enter_root(self, module: nn.Module, args: object, kwargs: object) -> None:
         self._leave_contexts()  # an interrupt may have skipped the last leave
+        self._in_flight.clear()  # nor is a backward pass under way: it may have been cut short
         kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
         elements = sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
         mode = self._steps.begin(kind)
@@ -124,7 +125,7 @@ class Hooks:
                 self._saved.pack, self._saved.unpack
             ))  # fmt: skip
         if mode is Mode.RECORD:
-            self._rng = torch.get_rng_state()
+            self._before = Before(module)
             self._push(AllocationGuard(self._foresee))
 
     def _relax(self, module: nn.Module, fits: bool) -> bool:
@@ -160,8 +161,8 @@ class Hooks:
         try:
             engine.make_room_for(size_bytes, f"the result of {operation}")
         except OffloadError:
-            if self._rng is not None:
-                torch.set_rng_state(self._rng)
+            if self._before is not None:
+                self._before.restore()
             raise
         if engine.recorder is not None:
             engine.recorder.see_other(engine.ledger.other_bytes + size_bytes)
@@ -173,34 +174,36 @@ class Hooks:
         self._engine.need(Phase.BACKWARD, tuple(Need(c, Access.READ) for c in chunks))
         for c in chunks:
             home = self._shared.get(c)
-            if home is not None and home not in self._pending:
+            if home is not None and home.param.requires_grad:
                 # Autograd keeps a shared weight's first gradient until its last use is reached.
-                self._engine.take_other(_grad_bytes(home), f"the gradient of {home.name}")
-                self._pending.add(home)
+                self._in_flight.take_once(home, _grad_bytes(home))
 
     def _gradient(self, home: Home) -> tuple[Callable[..., None], Callable[..., None]]:
         engine, binding = self._engine, self._binding
         size_bytes = _grad_bytes(home)
         whole = tuple(Need(c, Access.WRITE) for c in home.grad_chunks)
+        foreign: list[Tensor] = []
 
         def before(grad: Tensor) -> None:
             self._in_backward = True
+            there = home.param.grad
+            foreign.clear()
+            if there is not None and not home.grad_is_home:
+                foreign.append(there)  # the user's own tensor: autograd adds to it in place
             if grad.is_sparse:
                 raise OffloadError(
                     f"{home.name} has a sparse gradient, which has no home: build the embedding "
                     "with sparse=False"
                 )
-            engine.take_other(size_bytes, f"the gradient of {home.name}")
+            self._in_flight.take(home, size_bytes)
             if home.grad_is_home:  # about to be added to in place
                 engine.need(Phase.BACKWARD, whole)
 
         def after(param: Tensor) -> None:
-            if param.grad is not None and not home.grad_is_home:
+            if not foreign and param.grad is not None and not home.grad_is_home:
                 settle_gradient(engine, binding, home)
-            engine.ledger.give_other(size_bytes)
-            if home in self._pending:
-                self._pending.discard(home)
-                engine.ledger.give_other(size_bytes)
+            foreign.clear()
+            self._in_flight.give(home)
             if self._on_grad is not None:
                 self._on_grad(home.param)
 
@@ -213,8 +216,50 @@ class Hooks:
         self._contexts.append(context)
 
     def _leave_contexts(self) -> None:
+        self._before = None
         while self._contexts:
             self._contexts.pop().__exit__(None, None, None)
+
+
+class Before:
+    """What a forward pass changes and a refused one must not: random state and buffers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._rng = torch.get_rng_state()
+        self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._rng)
+        with torch.no_grad():
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
+
+
+class InFlight:
+    """Gradients that autograd holds before they are home: debited until then."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._bytes: dict[Home, int] = {}
+
+    def take(self, home: Home, size_bytes: int) -> None:
+        """One gradient tensor of this parameter exists (more). May raise BudgetError."""
+        self._engine.take_other(size_bytes, f"the gradient of {home.name}")
+        self._bytes[home] = self._bytes.get(home, 0) + size_bytes
+
+    def take_once(self, home: Home, size_bytes: int) -> None:
+        """The same, unless one is debited already."""
+        if home not in self._bytes:
+            self.take(home, size_bytes)
+
+    def give(self, home: Home) -> None:
+        """They are home, or gone."""
+        self._engine.ledger.give_other(self._bytes.pop(home, 0))
+
+    def clear(self) -> None:
+        """No backward pass is under way (``autograd.grad`` never brings gradients home)."""
+        for home in list(self._bytes):
+            self.give(home)
 
 
 def _grad_bytes(home: Home) -> int:
@@ -241,9 +286,8 @@ def settle_gradient(engine: Engine, binding: Binding, home: Home) -> None:
     region = home.family.grads
     assert made is not None
     assert region is not None
-    held = home.grad() if home.grad is not None else None
-    if held is not None:  # the user kept last step's tensor: it gets memory of its own
-        held.data = held.detach().clone()
+    if home.grad_is_held:  # the user kept last step's tensor or a view: the home is taken
+        return
     target = home.new_grad()
     split = len(home.grad_chunks) > 1 and target.is_contiguous() and made.is_contiguous()
     groups = [(c,) for c in home.grad_chunks] if split else [home.grad_chunks]

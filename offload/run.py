@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from offload.bind import Binding
 from offload.config import Given
@@ -29,6 +31,7 @@ class Parts:
     steps: Steps
     hooks: Hooks | None = None
     stepper: ChunkedStep | None = None
+    handles: list[RemovableHandle] = field(default_factory=list)
 
 
 class Runtime:
@@ -97,6 +100,29 @@ class Runtime:
             },
         }
 
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        scheduler: Any = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Write a checkpoint directory, whole or not at all. See ``offload.checkpoint.save``."""
+        from offload.checkpoint import save
+
+        save(self, path, scheduler=scheduler, extra=extra)
+
+    def load(self, path: str | os.PathLike[str], scheduler: Any = None) -> dict[str, Any]:
+        """Go on from a checkpoint; returns its ``extra``. See ``offload.checkpoint.load``."""
+        from offload.checkpoint import load
+
+        return load(self, path, scheduler=scheduler)
+
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write a directory for plain ``from_pretrained``. See ``offload.export.export``."""
+        from offload.export import export
+
+        export(self, path)
+
     def unwrap(self) -> tuple[nn.Module, Optimizer | None]:
         """Plain tensors again, in plain memory (all of it must fit); the run is closed."""
         self._detach()
@@ -132,3 +158,5 @@ class Runtime:
         if self.parts.stepper is not None:
             self.parts.stepper.close()
             self.parts.stepper = None
+        while self.parts.handles:
+            self.parts.handles.pop().remove()

@@ -30,7 +30,11 @@ def spec_of(name: str, tensor: Tensor) -> Spec:
 
 
 def write_tensors(
-    engine: Engine, path: Path, specs: Sequence[Spec], tensors: Mapping[str, Tensor], helper: Executor
+    engine: Engine,
+    path: Path,
+    specs: Sequence[Spec],
+    tensors: Mapping[str, Tensor],
+    helper: Executor,
 ) -> FileRecord:
     """One safetensors file, durable when this returns. Raises OSError, BudgetError."""
     writer = HashingWriter(path, helper)

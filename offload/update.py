@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from offload.bind import Binding, Family, tensor_at
 from offload.engine import Engine
@@ -23,14 +24,17 @@ class UpdateStore:
     neighbours together.
     """
 
-    def __init__(self, engine: Engine, binding: Binding, profile: OptimizerProfile) -> None:
+    def __init__(
+        self, engine: Engine, binding: Binding, profile: OptimizerProfile, optimizer: Optimizer
+    ) -> None:
+        self._optimizer = optimizer
         self._engine = engine
         self._binding = binding
         self._plans: list[tuple[tuple[Segment, ...], tuple[Need, ...]]] = []
         for family in binding.families:
             if family.trained:
                 self._plans += _family_groups(family, profile)
-        self._groups = [UpdateGroup(i, s) for i, (s, _) in enumerate(self._plans)]
+        self._homed = len(self._plans)
 
     @property
     def largest_group(self) -> tuple[int, ...]:
@@ -44,7 +48,24 @@ class UpdateStore:
         return tuple(n.chunk for n in needs)
 
     def groups(self) -> Sequence[UpdateGroup]:
-        return self._groups
+        del self._plans[self._homed :]
+        self._plans += self._strangers()
+        return [UpdateGroup(i, s) for i, (s, _) in enumerate(self._plans)]
+
+    def _strangers(self) -> list[tuple[tuple[Segment, ...], tuple[Need, ...]]]:
+        """Parameters with a gradient but no home for it: unfrozen or added after ``wrap``.
+
+        Their gradients and state are plain tensors, outside the budget.
+        """
+        groups = []
+        for param in (p for g in self._optimizer.param_groups for p in g["params"]):
+            home = self._binding.homes.get(param)
+            if param.grad is None or (home is not None and home.family.trained):
+                continue
+            chunks = home.weight_chunks if home is not None else ()
+            segment = Segment(param, 0, param.numel())
+            groups.append(((segment,), tuple(Need(c, Access.WRITE) for c in chunks)))
+        return groups
 
     def enter(self, group: UpdateGroup) -> None:
         segments, needs = self._plans[group.index]
@@ -77,7 +98,7 @@ class UpdateStore:
 def _family_groups(
     family: Family, profile: OptimizerProfile
 ) -> list[tuple[tuple[Segment, ...], tuple[Need, ...]]]:
-    if all(profile.params[p].elementwise for p in family.params):
+    if all(profile.params[p].elementwise and p.is_contiguous() for p in family.params):
         return [
             (
                 tuple(

@@ -230,7 +230,7 @@ class ChunkedStep:
     @staticmethod
     def _check_cover(groups: Sequence[UpdateGroup], group_of: dict[nn.Parameter, int]) -> None:
         """Raise OffloadError where a parameter would be updated in part, twice or not at all."""
-        covered = dict.fromkeys(group_of, 0)
+        covered = {p: 0 for p in group_of if p.grad is not None}
         for group in groups:
             for segment in group.segments:
                 if segment.param in covered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -67,20 +68,28 @@ def probe(folder: Path, size_bytes: int = GIB // 2, rounds: int = 3) -> Machine:
 def cached_probe(folder: Path) -> Machine:
     """The last probe of this folder's device by this user, or a new one, which is then kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offload"
-    kept = base / f"machine-{os.uname().nodename}-{os.stat(folder).st_dev}.json"
     try:
-        return Machine(**json.loads(kept.read_text()))
+        return Machine(**json.loads(remembered_at(folder).read_text()))
     except (OSError, ValueError, TypeError):
         machine = probe(folder)
-    try:
-        base.mkdir(parents=True, exist_ok=True)
+    remember(folder, machine)
+    return machine
+
+
+def remembered_at(folder: Path) -> Path:
+    """Where the rates of the device under a folder are kept, per user and machine."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offload"
+    return base / f"machine-{os.uname().nodename}-{os.stat(folder).st_dev}.json"
+
+
+def remember(folder: Path, machine: Machine) -> None:
+    """Keep measured rates; where that is not possible the next run measures again."""
+    kept = remembered_at(folder)
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
         fresh = kept.with_suffix(f".{os.getpid()}")
         fresh.write_text(json.dumps(machine.to_dict()))
         fresh.replace(kept)
-    except OSError:
-        pass  # a cache that cannot be kept costs a probe, nothing else
-    return machine
 
 
 def _buffer() -> int:

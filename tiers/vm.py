@@ -20,7 +20,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _READ_WRITE = 0x1 | 0x2
 _SHARED, _PRIVATE, _FIXED, _ANONYMOUS, _NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _MAYMOVE, _MOVE_FIXED, _DONTUNMAP = 1, 2, 4
-_ADVISE_RANDOM, _ADVISE_DONTNEED, _ADVISE_HUGEPAGE = 1, 4, 14
+_ADVISE_RANDOM, _ADVISE_HUGEPAGE = 1, 14
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -66,11 +66,6 @@ def release(address: int, size_bytes: int) -> None:
     _check(_libc.munmap(address, size_bytes), "munmap")
 
 
-def discard(address: int, size_bytes: int) -> None:
-    """Give an anonymous range's pages back, or forget a file mapping's; the mapping stays."""
-    _check(_libc.madvise(address, size_bytes, _ADVISE_DONTNEED), "madvise")
-
-
 def map_file(address: int, size_bytes: int, fd: int, offset: int) -> None:
     """Put the file's range at this address, replacing what is mapped there, in one call."""
     flags = _SHARED | _FIXED
@@ -92,39 +87,6 @@ def return_freed_memory() -> None:
     trim = getattr(_libc, "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def release(address: int, size_bytes: int) -> None:
-    """Unmap the range."""
-    _check(_libc.munmap(address, size_bytes), "munmap")
-
-
-def discard(address: int, size_bytes: int) -> None:
-    """Give an anonymous range's pages back, or forget a file mapping's; the mapping stays."""
-    _check(_libc.madvise(address, size_bytes, _ADVISE_DONTNEED), "madvise")
-
-
-def map_file(address: int, size_bytes: int, fd: int, offset: int) -> None:
-    """Put the file's range at this address, replacing what is mapped there, in one call."""
-    flags = _SHARED | _FIXED
-    _check(_libc.mmap(address, size_bytes, _READ_WRITE, flags, fd, offset), "mmap of spill file")
-
-
-def expect_sparse_reads(address: int, size_bytes: int) -> None:
-    """Switch readahead off: a few rows of an embedding should not drag in megabytes."""
-    _libc.madvise(address, size_bytes, _ADVISE_RANDOM)
-
-
-def return_large_blocks(threshold_bytes: int) -> None:
-    """Have malloc give freed blocks of at least this size back to the system at once.
-
-    glibc otherwise raises this threshold to 32 MiB as blocks are freed, and keeps the pages of
-    freed gradients and activations: memory that no budget would then see. Other allocators
-    ignore the call.
-    """
-    mallopt = getattr(_libc, "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MALLOC_MMAP_THRESHOLD, threshold_bytes)
 
 
 def map_anonymous(address: int, size_bytes: int) -> None:

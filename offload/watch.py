@@ -1,0 +1,51 @@
+"""How much memory the process holds beyond what the ledger accounts for: kernels' temporaries."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from offload.tiers.vm import PAGE_BYTES
+
+INTERVAL_S = 0.005
+
+
+def anonymous_bytes() -> int:
+    """Anonymous resident memory of this process: resident less file-backed and shared pages."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return (int(fields[1]) - int(fields[2])) * PAGE_BYTES
+
+
+class Watch:
+    """Samples a recorded step from a thread; ``excess_bytes`` is the most seen over the ledger.
+
+    ``accounted`` gives the bytes the ledger knows of. What the process held when the watch was
+    made, less that, is the interpreter and its libraries, and is not counted.
+    """
+
+    def __init__(self, accounted: Callable[[], int]) -> None:
+        self.excess_bytes = 0
+        self._accounted = accounted
+        self._baseline = anonymous_bytes() - accounted()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to sample, unless already sampling."""
+        if self._thread is None:
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._run, daemon=True, name="offload-watch")
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End sampling."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while not self._stop.wait(INTERVAL_S):
+            excess = anonymous_bytes() - self._accounted() - self._baseline
+            self.excess_bytes = max(self.excess_bytes, excess)
