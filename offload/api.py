@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from offload.bind import Binding, build_family, family_keys, refuse_shared_storage
+from offload.bind import Binding, build_family, family_keys, refuse_odd_parameters
 from offload.config import Given, Size, Tuning, understand
+from offload.device_hooks import DeviceHooks
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError, SpillError
 from offload.homing import adopt_parameter
@@ -22,12 +23,14 @@ from offload.ledger import Ledger
 from offload.optim.clip import GradNorms
 from offload.optim.mirror import OptimizerProfile, profile
 from offload.optim.step import ChunkedStep, Clip
+from offload.place import build_device, choose, refuse_hopeless, with_place
 from offload.prefetch.plan import Plan
 from offload.prefetch.planner import DoesNotFit, plan
 from offload.prefetch.trace import Trace
 from offload.run import Parts, Runtime
 from offload.scratch import ScratchMode
 from offload.steps import Kind, Steps
+from offload.tiers.copy import LendingHomes
 from offload.tiers.disk import DiskFull, SpillFile
 from offload.tiers.fake import AdversarialLane
 from offload.tiers.frames import FramePool
@@ -36,7 +39,7 @@ from offload.tiers.lane import Lane, ThreadLane
 from offload.tiers.layout import choose_chunk_bytes
 from offload.tiers.probe import cached_probe
 from offload.tiers.spec import Machine, format_size
-from offload.update import UpdateStore
+from offload.update import NotedGradients, UpdateStore
 
 M = TypeVar("M", bound=nn.Module)
 DISK_WORKERS = 2  # per direction: one transfer saturates the disk, a second hides the hand-over
@@ -69,6 +72,7 @@ def wrap(
     *,
     device: str | torch.device | None = None,
     device_memory: Size | None = None,
+    compute_dtype: torch.dtype | None = None,
     host_memory: Size | None = None,
     disk: str | os.PathLike[str] | None = None,
     disk_memory: Size | None = None,
@@ -80,6 +84,10 @@ def wrap(
     Sizes are ints of bytes or strings such as "8GiB". ``host_memory`` bounds weights, gradients,
     state, staging and saved activations together; without it 80% of what is free is taken, and
     said. ``disk`` is a folder for the spill file; without it there is no disk tier.
+    With ``device="cuda"`` weights are computed with in frames on the GPU, within
+    ``device_memory`` together with activations; parameters stay CPU tensors, inputs are moved.
+    ``compute_dtype`` (bfloat16, float16): frames hold converted copies, the weights themselves,
+    gradients and the update stay as they are; floating inputs are converted.
     ``max_grad_norm`` clips as ``clip_grad_norm_`` would, sparing a pass over the gradients.
 
     Raises BudgetError (before anything is moved) when the budgets are too small,
@@ -88,6 +96,7 @@ def wrap(
     given = _taken_over(model, optimizer)
     if given is None:
         given = understand(host_memory, disk, disk_memory, device_memory)
+        given = with_place(given, choose(model, device, compute_dtype, tuning or Tuning()))
     _manage(model, optimizer, given, max_grad_norm, tuning or Tuning())
     return model, optimizer
 
@@ -97,6 +106,7 @@ def init(
     *,
     device: str | torch.device | None = None,
     device_memory: Size | None = None,
+    compute_dtype: torch.dtype | None = None,
     host_memory: Size | None = None,
     disk: str | os.PathLike[str] | None = None,
     disk_memory: Size | None = None,
@@ -116,6 +126,7 @@ def init(
         with mode:
             model = factory()
         mode.close()
+    given = with_place(given, choose(model, device, compute_dtype, tuning or Tuning()))
     _manage(model, None, given, None, tuning or Tuning())
     return model
 
@@ -190,8 +201,12 @@ def _manage(
 ) -> None:
     for line in given.chosen:
         _say(line)
+    refuse_odd_parameters(model)
     learnt = profile(optimizer) if optimizer is not None else None
+    refuse_hopeless(model, given)
     parts = _build(model, optimizer, learnt, given, tuning)
+    if given.place is not None:
+        parts.device = build_device(model, parts.engine, parts.binding, given, tuning)
     run = Runtime(model, optimizer, parts, given)
     _attach(run, learnt, max_grad_norm)
     model.__dict__["_offload"] = _Handle(run)
@@ -205,7 +220,6 @@ def _build(
     tuning: Tuning,
 ) -> Parts:
     """Homes for everything, with the weights moved in."""
-    refuse_shared_storage(model)
     trained = {p for p in learnt.params if p.requires_grad} if learnt is not None else set()
     state = _mirrored_state(learnt)
     copies = 2 + len(state)
@@ -215,7 +229,8 @@ def _build(
     read, write = _lanes(tuning)
     try:
         disk = SpillFile(given.disk, given.budget.disk_bytes, _say) if given.disk else None
-        space = HomeSpace(disk, pool, read, write)
+        homes = LendingHomes if given.place is not None else HomeSpace
+        space = homes(disk, pool, read, write)
         families = [
             build_family(space, named, is_trained, state if is_trained else {}, chunk_bytes)
             for (_, is_trained, _), named in family_keys(model, trained).items()
@@ -233,16 +248,21 @@ def _build(
         adopt_parameter(engine, home)
     engine.settle()
     return Parts(engine, binding, Steps(
-        engine, _planner(engine, given, tuning), may_fit=not tuning.keep_hooks
+        engine, _planner(engine, given, tuning), may_fit=not tuning.keep_hooks and given.place is None
     ))
 
 
 def _attach(run: Runtime, learnt: OptimizerProfile | None, max_grad_norm: float | None) -> None:
     parts, optimizer = run.parts, run.optimizer
-    norms = GradNorms() if max_grad_norm is not None else None
-    parts.hooks = Hooks(
-        run.model, parts.engine, parts.binding, parts.steps, norms.note if norms else None
-    )
+    noted = NotedGradients(parts.engine, parts.binding)
+    norms = GradNorms(noted.untouched) if max_grad_norm is not None else None
+    on_grad = noted.then(norms.note) if norms else None
+    if parts.device is None:
+        parts.hooks = Hooks(run.model, parts.engine, parts.binding, parts.steps, on_grad)
+    else:
+        parts.hooks = DeviceHooks(
+            run.model, parts.engine, parts.binding, parts.steps, parts.device, on_grad
+        )
     if optimizer is None or learnt is None:
         return
     store = UpdateStore(parts.engine, parts.binding, learnt, optimizer)
@@ -251,6 +271,8 @@ def _attach(run: Runtime, learnt: OptimizerProfile | None, max_grad_norm: float 
         clip = Clip(max_grad_norm, tuple(p for p in run.model.parameters()), norms)
 
     def begin(*_: object) -> None:
+        if parts.device is not None:
+            parts.device.end_step()
         parts.steps.begin(Kind.TRAIN)
 
     def end(*_: object) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from offload.errors import OffloadError
 from offload.tiers import vm
@@ -87,6 +88,16 @@ class Home:
     grad_storage: weakref.ref[Any] | None = None
 
     @property
+    def address(self) -> int:
+        """Where the parameter's elements are."""
+        return self.family.weights.address_of(self.index)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its elements."""
+        return self.family.layout.numels[self.index] * self.family.weights.itemsize
+
+    @property
     def grad_is_home(self) -> bool:
         """Whether ``param.grad`` is the tensor over our home."""
         return (
@@ -141,11 +152,14 @@ def family_keys(
     return keys
 
 
-def refuse_shared_storage(model: nn.Module) -> None:
-    """Two Parameters over the same memory would come apart: refuse them by name.
+def refuse_odd_parameters(model: nn.Module) -> None:
+    """Refuse by name what cannot be homed: parameters without a shape, or over shared memory.
 
-    Tied weights are one Parameter under two names, and fine.
+    Tied weights are one Parameter under two names, and fine; two Parameters would come apart.
     """
+    for name, param in model.named_parameters():
+        if isinstance(param, UninitializedParameter):
+            raise OffloadError(f"{name} has no shape yet: run the model once before offload.wrap")
     spans = sorted(
         (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
         for name, p in model.named_parameters()

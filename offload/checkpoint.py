@@ -76,9 +76,9 @@ def save(
     contents = gather(run, scheduler, extra)
     try:
         with (
-            between_steps(engine),
             ThreadPoolExecutor(1, "hash") as helper,
             replacing(Path(path), is_checkpoint) as folder,
+            between_steps(engine),
         ):
             _check_space(folder, contents.size_bytes)
             files = _write_shards(engine, folder, "weights", contents.weights, helper)
@@ -205,5 +205,5 @@ def _read(
 
 def _new(values: dict[str, Tensor], spec: Spec) -> Tensor:
     """A small tensor of its own."""
-    values[spec.name] = torch.empty(spec.shape, dtype=spec.dtype)
+    values[spec.name] = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
     return values[spec.name]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from offload.errors import OffloadError
 from offload.tiers.spec import Budget, Machine, parse_size
+
+if TYPE_CHECKING:
+    from offload.place import Place
 
 HEADROOM_SHARE = 0.8  # of what is free, when no budget is given
 
@@ -23,7 +27,9 @@ class Tuning:
     ``chunk_bytes``: None chooses from the budget. ``prefetch`` False runs every step on demand.
     ``machine``: measured rates; None probes once per machine and folder. ``poison`` fills freed
     frames with NaN. ``adversary``: seed of lanes that complete out of order. ``keep_hooks``:
-    stay in the managed mode although everything fits.
+    stay in the managed mode although everything fits. ``emulate_device``: compute in frames of a
+    separate arena in host memory; ``device_chunk_bytes``: how much neighbours that share a frame
+    may take.
     """
 
     chunk_bytes: int | None = None
@@ -32,6 +38,8 @@ class Tuning:
     poison: bool = False
     adversary: int | None = None
     keep_hooks: bool = False
+    emulate_device: bool = False
+    device_chunk_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,7 @@ class Given:
     budget: Budget
     disk: Path | None
     chosen: tuple[str, ...]  # budgets that were not given, as lines to tell the user
+    place: Place | None = None  # compute in frames; None: where the weights are
 
 
 def understand(

@@ -228,8 +228,8 @@ class Engine:
             f"{format_size(ledger.budget_bytes)} weights, gradients and state in use take "
             f"{format_size(held)}, activations and gradients in flight "
             f"{format_size(ledger.other_bytes)}, fixed memory {format_size(ledger.fixed_bytes)}; "
-            f"this step needs host_memory of at least {format_size(least)}: give that, or use "
-            "a smaller batch or gradient checkpointing",
+            f"so far the step needs host_memory of at least {format_size(least)}: give that or "
+            "more, or use a smaller batch or gradient checkpointing",
             tier="host",
             needed_bytes=least,
             given_bytes=ledger.budget_bytes,
@@ -279,7 +279,7 @@ class Engine:
         self.ledger.prepare_frame(chunk.size_bytes, idle=pool.has_idle(chunk.size_bytes))
 
     def _install(self, chunk: Chunk) -> None:
-        self.space.install(chunk)
+        self.space.install(chunk, user_code=self.phase is not Phase.UPDATE)
         self._resident[chunk.id] = None
 
     def _waiting(self, cause: str, work: Callable[[], T]) -> T:

@@ -20,8 +20,11 @@ class AllocationGuard(TorchDispatchMode):
     are counted when autograd saves their result.
     """
 
-    def __init__(self, foresee: Callable[[int, str], None]) -> None:
+    def __init__(
+        self, foresee: Callable[[int, str], None], running: Callable[[], bool]
+    ) -> None:
         super().__init__()
+        self._running = running
         self._foresee = foresee
         self._known: dict[object, int] = {}
 
@@ -30,7 +33,7 @@ class AllocationGuard(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         size_bytes = self._size_of_result(func, args, kwargs)
-        if size_bytes:
+        if size_bytes and self._running():
             self._foresee(size_bytes, str(func))
         return func(*args, **kwargs)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offload.bind import Binding, Home, tensor_at
 from offload.engine import Engine
+from offload.errors import OffloadError
 from offload.prefetch.trace import Access, Need, Phase
 from offload.tiers.home import Backing, Region
 
@@ -17,6 +18,29 @@ def adopt_parameter(engine: Engine, home: Home) -> None:
     target = tensor_at(home.family.weights, home.index, param)
     copy_into(engine, home.family.weights, home.index, target, param.detach())
     param.data = target
+
+
+def check_parameters(model: nn.Module, engine: Engine, binding: Binding) -> None:
+    """Before a forward pass: take in data that was replaced, refuse what cannot be taken in.
+
+    Raises OffloadError naming the parameter when it is another Parameter object than was wrapped
+    (``load_state_dict(assign=True)``), or has another dtype or shape (``model.double()``).
+    """
+    for name, param in model.named_parameters():
+        home = binding.homes.get(param)
+        if home is None:
+            raise OffloadError(
+                f"{name} is not the Parameter that was wrapped (load_state_dict(assign=True) or an "
+                "assignment replaced it); load with assign=False, or close the runtime and wrap again"
+            )
+        if param.data_ptr() == home.address or not param.numel():
+            continue
+        if param.nbytes != home.size_bytes or param.device.type != "cpu":
+            raise OffloadError(
+                f"{name} now has dtype {param.dtype}, shape {tuple(param.shape)} on {param.device}, "
+                "not what was wrapped; close the runtime, convert, and wrap again"
+            )
+        adopt_parameter(engine, home)
 
 
 def copy_into(engine: Engine, region: Region, tensor: int, target: Tensor, source: Tensor) -> None:

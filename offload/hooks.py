@@ -5,7 +5,9 @@ Copies and pickles of a hooked model carry inert hooks: a deep copy is a plain m
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from offload.bind import Binding, Home
 from offload.engine import Engine
 from offload.errors import OffloadError
+from offload.homing import check_parameters
 from offload.guard import AllocationGuard
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations, SavedTensors
@@ -60,6 +63,7 @@ class Hooks:
         self._steps = steps
         self._on_grad = on_grad
         self._contexts: list[Any] = []
+        self._frame: FrameType | None = None
         self._in_backward = False
         self._before: Before | None = None
         activations = Activations(engine.take_other, engine.ledger.give_other)
@@ -68,7 +72,9 @@ class Hooks:
         engine.largest_gradient_bytes = max(
             (_grad_bytes(h) for h in binding.homes.values() if h.family.trained), default=0
         )
-        self._saved = SavedTensors(engine.space.chunks_at, self._unpacked, activations)
+        self._saved = SavedTensors(
+            engine.space.chunks_at, self._unpacked, activations, self._running
+        )
         self._largest_input = 0
         self._root = [
             model.register_forward_pre_hook(
@@ -111,6 +117,7 @@ class Hooks:
     def _enter_root(self, module: nn.Module, args: object, kwargs: object) -> None:
         self._leave_contexts()  # an interrupt may have skipped the last leave
         self._in_flight.clear()  # nor is a backward pass under way: it may have been cut short
+        check_parameters(module, self._engine, self._binding)
         kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
         elements = sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
         mode = self._steps.begin(kind)
@@ -120,13 +127,14 @@ class Hooks:
         if self._relax(module, mode is Mode.FITS):
             return
         self._in_backward = False
+        self._frame = _caller_of_hooks()
         if kind is Kind.TRAIN:
             self._push(torch.autograd.graph.saved_tensors_hooks(
                 self._saved.pack, self._saved.unpack
             ))  # fmt: skip
         if mode is Mode.RECORD:
             self._before = Before(module)
-            self._push(AllocationGuard(self._foresee))
+            self._push(AllocationGuard(self._foresee, self._running))
 
     def _relax(self, module: nn.Module, fits: bool) -> bool:
         """Take the inner hooks off while everything fits, and put them back when it may not."""
@@ -215,10 +223,33 @@ class Hooks:
         context.__enter__()
         self._contexts.append(context)
 
+    def _running(self) -> bool:
+        """Whether the forward pass that pushed our contexts is on the stack.
+
+        A KeyboardInterrupt skips module hooks; what it leaves behind must not act on others.
+        """
+        frame = inspect.currentframe()
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is not None
+
     def _leave_contexts(self) -> None:
-        self._before = None
+        self._before = self._frame = None
         while self._contexts:
             self._contexts.pop().__exit__(None, None, None)
+
+
+def _caller_of_hooks() -> FrameType | None:
+    """The frame of the module call that is running our pre-hook."""
+    frame = inspect.currentframe()
+    for _ in range(4):  # this function, the method, Hook.__call__
+        frame = frame.f_back if frame is not None else None
+        if frame is not None and frame.f_code.co_filename == _MODULE_FILE:
+            return frame
+    return None
+
+
+_MODULE_FILE = nn.Module.__call__.__code__.co_filename
 
 
 class Before:
@@ -286,6 +317,8 @@ def settle_gradient(engine: Engine, binding: Binding, home: Home) -> None:
     region = home.family.grads
     assert made is not None
     assert region is not None
+    if made.nbytes != home.size_bytes:  # the parameter was given other data than it was homed with
+        return
     if home.grad_is_held:  # the user kept last step's tensor or a view: the home is taken
         return
     target = home.new_grad()

@@ -14,6 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.bind import Binding
 from offload.config import Given
+from offload.device import Device
+from offload.device_hooks import DeviceHooks
 from offload.engine import Engine
 from offload.homing import release_all
 from offload.hooks import Hooks
@@ -29,8 +31,9 @@ class Parts:
     engine: Engine
     binding: Binding
     steps: Steps
-    hooks: Hooks | None = None
+    hooks: Hooks | DeviceHooks | None = None
     stepper: ChunkedStep | None = None
+    device: Device | None = None  # compute in frames; None: where the weights are
     handles: list[RemovableHandle] = field(default_factory=list)
 
 
@@ -91,6 +94,7 @@ class Runtime:
                 },
                 "disk": {"used_bytes": space.disk.used_bytes if space.disk else 0},
             },
+            "temporaries_bytes": steps.watch.excess_bytes,
             "stall_s": dict(engine.counters.stall_s),
             "counters": {
                 "demand_loads": engine.counters.demand_loads,

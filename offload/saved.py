@@ -57,7 +57,9 @@ class Saved:
         self.chunks = chunks
         self._activations = activations
         self._key = activations.hold(tensor) if activations is not None else 0
-        self.tensor = tensor
+        # Detached: an operation's own output would refer to its node, and the node to this, in
+        # a cycle that no collector sees. The version counter is shared.
+        self.tensor = tensor.detach()
         self.version = tensor._version
 
     def __del__(self) -> None:
@@ -84,18 +86,24 @@ class SavedTensors:
         find: Callable[[int, int], tuple[int, ...]],
         need: Callable[[tuple[int, ...]], None],
         activations: Activations,
+        running: Callable[[], bool],
     ) -> None:
+        self._running = running
         self._find = find
         self._need = need
         self._activations = activations
 
     def pack(self, tensor: Tensor) -> Saved:
+        """Autograd saves a tensor."""
         chunks: tuple[int, ...] = ()
+        if not self._running():  # an interrupt left these hooks behind
+            return Saved(tensor, chunks, None)
         if tensor.device.type == "cpu" and tensor.numel():
             chunks = self._find(tensor.data_ptr(), span_bytes(tensor))
         return Saved(tensor, chunks, None if chunks else self._activations)
 
     def unpack(self, saved: Saved) -> Tensor:
+        """Autograd is about to use it."""
         if saved.chunks:
             self._need(saved.chunks)
         return saved.check()

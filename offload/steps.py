@@ -12,6 +12,7 @@ from offload.engine import Engine
 from offload.prefetch.plan import Plan
 from offload.prefetch.trace import Trace
 from offload.record import Follower, Recorder
+from offload.watch import Watch
 
 STRAY_SHARE = 0.1  # beyond this share of unforeseen moments the step is planned anew
 
@@ -66,6 +67,7 @@ class Steps:
     def __init__(
         self, engine: Engine, plan_for: Planner | None, *, may_fit: bool = True
     ) -> None:
+        self.watch = Watch(lambda: engine.ledger.used_bytes)
         self._may_fit = may_fit
         self.tracks = {kind: Track() for kind in Kind}
         self.current: Kind | None = None
@@ -91,6 +93,8 @@ class Steps:
         track = self.tracks[kind]
         self._make_plan(track)
         self._moved = {n: lane.meter.moved_bytes for n, lane in self._engine.space.lanes.items()}
+        if track.mode is Mode.RECORD:
+            self.watch.start()
         self._engine.begin(Recorder(), track.follower)
         return track.mode
 
@@ -100,6 +104,7 @@ class Steps:
             return
         engine, track = self._engine, self.tracks[self.current]
         engine.finish()
+        self.watch.stop()
         assert engine.recorder is not None
         recorder = engine.recorder
         trace = recorder.finish(tuple(c.size_bytes for c in engine.space.chunks))

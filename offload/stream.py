@@ -15,17 +15,23 @@ import torch
 from torch import Tensor
 
 from offload.engine import Engine
+from offload.errors import CheckpointError
 from offload.prefetch.trace import Access, Need, Phase
 from offload.stsafe import FileRecord, HashingWriter, Spec, header_of
 from offload.tiers import vm
 from offload.tiers.home import Backing, Chunk
-from offload.tiers.spec import MIB
+from offload.tiers.spec import KIB
 
-STAGING_BYTES = MIB  # copies of tensors that are not in row-major order, or not on the host
+STAGING_BYTES = 64 * KIB  # copies of tensors that are not in row-major order, or not on the host
 
 
 def spec_of(name: str, tensor: Tensor) -> Spec:
-    """What a file says of a tensor."""
+    """What a file says of a tensor. Raises CheckpointError where it has no bytes of its own."""
+    if tensor.layout is not torch.strided or (tensor.numel() and not tensor.data_ptr()):
+        raise CheckpointError(
+            f"{name} is a {type(tensor).__name__} without plain memory (a sparse, meta or wrapper "
+            "tensor), which safetensors files cannot hold"
+        )
     return Spec(name, tensor.dtype, tuple(tensor.shape))
 
 
@@ -82,7 +88,7 @@ def fill_tensor(engine: Engine, tensor: Tensor, read_into: Callable[[memoryview]
             read_into(block)
         return
     for rows in _rows(engine, tensor, Access.WRITE):
-        staged = torch.empty(rows.shape, dtype=rows.dtype)
+        staged = torch.empty(rows.shape, dtype=rows.dtype, device="cpu")
         read_into(_bytes(staged.data_ptr(), staged.numel() * staged.element_size()))
         rows.copy_(staged)
 

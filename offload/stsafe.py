@@ -26,7 +26,7 @@ from offload.tiers.spec import KIB, MIB, round_up
 HEADER_LIMIT_BYTES = 100_000_000  # the library's own limit
 HEADER_ALIGN_BYTES = 64  # tensors then stand aligned for whoever maps the file
 FLUSH_BYTES = 32 * MIB  # how much may stand in the page cache before it is pushed out
-VERIFY_BYTES = 256 * KIB  # buffer of one verifying thread
+VERIFY_BYTES = 64 * KIB  # buffer of one verifying thread: the smallest budgets have this much
 SMALL_BYTES = 64 * KIB  # below this a second thread costs more than it hides
 
 DTYPES: dict[str, torch.dtype] = {

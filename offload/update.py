@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from offload.optim.mirror import OptimizerProfile
 from offload.optim.state import Segment, UpdateGroup
 from offload.prefetch.trace import Access, Need, Phase
 from offload.tiers import vm
-from offload.tiers.home import Region
+from offload.tiers.home import Backing, Region
 
 
 class UpdateStore:
@@ -93,6 +93,37 @@ class UpdateStore:
         for c in region.chunks_of(home.index):
             self._engine.space.trust_file(self._engine.space.chunks[c])
         return tensor_at(region, home.index, param, dtype)
+
+
+class NotedGradients:
+    """Knows of which gradients it is certain that nobody wrote to them since their norm was taken.
+
+    Certain are those that were sent to the file and have not come back, if no foreign write was
+    seen since. A resident gradient may have been written through ``.data``: its norm is taken
+    again, which costs a pass over memory and none over the disk.
+    """
+
+    def __init__(self, engine: Engine, binding: Binding) -> None:
+        self._space = engine.space
+        self._homes = binding.homes
+        self._epochs: dict[nn.Parameter, int] = {}
+
+    def then(self, note: Callable[[nn.Parameter], None]) -> Callable[[nn.Parameter], None]:
+        """``note``, remembering when."""
+
+        def noting(param: nn.Parameter) -> None:
+            note(param)
+            self._epochs[param] = self._space.epoch
+
+        return noting
+
+    def untouched(self, param: nn.Parameter) -> bool:
+        home = self._homes.get(param)
+        if home is None or not home.grad_is_home:
+            return False
+        chunks = (self._space.chunks[c] for c in home.grad_chunks)
+        away = all(c.backing is Backing.FILE for c in chunks)
+        return away and self._space.look() == self._epochs.get(param)
 
 
 def _family_groups(

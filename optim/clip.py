@@ -8,7 +8,7 @@ memory, and the coefficient is applied to the pieces that the update reads anywa
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +34,12 @@ class GradNorms:
     """L2 norms of gradients, noted when each became ready.
 
     A norm is used only for the same gradient tensor at the same version. Writes through
-    ``p.grad.data`` or numpy do not change the version, as autograd does not see them either:
-    after such a write call `note` again or `forget`.
+    ``p.grad.data`` or numpy do not change the version, as autograd does not see them either;
+    ``untouched`` tells where such writes can be ruled out. Where not, the norm is taken again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, untouched: Callable[[nn.Parameter], bool] = lambda _: True) -> None:
+        self._untouched = untouched
         self._noted: dict[nn.Parameter, _Noted] = {}
 
     def note(self, param: nn.Parameter) -> None:
@@ -76,7 +77,7 @@ class GradNorms:
 
     def _norm(self, param: nn.Parameter, grad: Tensor) -> Tensor:
         noted = self._noted.get(param)
-        if noted is None or not noted.holds_for(grad):
+        if noted is None or not noted.holds_for(grad) or not self._untouched(param):
             self.note(param)
             noted = self._noted[param]
         return noted.norm

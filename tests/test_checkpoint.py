@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,23 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import offload
-from offload import publish
-from offload.codec import decode, encode
 from offload.config import Tuning
 from offload.errors import CheckpointError
 from offload.run import Runtime
-from offload.stsafe import FileRecord, HashingReader, Spec, shard
+from offload.steps import Kind
 from offload.tiers.spec import Machine
 
 MACHINE = Machine(1.8e9, 5.5e9, 1.4e9, 1.4e9, 1e10)
 BUDGET = "768KiB"
 WIDTH, DEPTH, VOCABULARY = 96, 4, 200
 
+Trained = tuple[Runtime, Any, Path]
 MakeOptimizer = Callable[[nn.Module], Optimizer]
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2),
@@ -119,14 +111,23 @@ def spill(tmp_path: Path) -> Path:
     return tmp_path / "spill"
 
 
-@pytest.fixture
-def trained(tmp_path: Path, spill: Path) -> Iterator[tuple[Runtime, Any, Path]]:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     """A run after three steps, and its checkpoint."""
-    run, scheduler = fresh(OPTIMIZERS["adamw"], spill)
+    folder = tmp_path_factory.mktemp("shared")
+    run, scheduler = fresh(OPTIMIZERS["adamw"], folder / "spill")
     train(run, scheduler)
-    run.save(tmp_path / "point", scheduler)
-    yield run, scheduler, tmp_path / "point"
+    run.save(folder / "point", scheduler)
+    yield run, scheduler, folder / "point"
     run.close()
+
+
+@pytest.fixture
+def trained(shared: Trained, tmp_path: Path) -> Trained:
+    """The same, with the run as at its checkpoint, and a copy of that to play with."""
+    run, scheduler, point = shared
+    run.load(point, scheduler)
+    return run, scheduler, Path(shutil.copytree(point, tmp_path / "point"))
 
 
 # -- going on -------------------------------------------------------------------------------
@@ -159,9 +160,7 @@ def test_resume_is_bit_exact(kind: str, tmp_path: Path, spill: Path) -> None:
     again.close()
 
 
-def test_state_lives_in_its_homes_after_load(
-    trained: tuple[Runtime, Any, Path], spill: Path
-) -> None:
+def test_state_lives_in_its_homes_after_load(trained: Trained, spill: Path) -> None:
     _, _, point = trained
     again, scheduler = fresh(OPTIMIZERS["adamw"], spill, seed=1)
     again.load(point, scheduler)
@@ -174,14 +173,14 @@ def test_state_lives_in_its_homes_after_load(
     again.close()
 
 
-def test_going_back_in_the_same_run(trained: tuple[Runtime, Any, Path]) -> None:
+def test_going_back_in_the_same_run(trained: Trained) -> None:
     run, scheduler, point = trained
     losses = train(run, scheduler)
     run.load(point, scheduler)
     assert train(run, scheduler) == losses
 
 
-def test_another_budget_and_no_disk(trained: tuple[Runtime, Any, Path], spill: Path) -> None:
+def test_another_budget_and_no_disk(trained: Trained, spill: Path) -> None:
     run, scheduler, point = trained
     losses = train(run, scheduler)
     torch.manual_seed(5)
@@ -196,9 +195,7 @@ def test_another_budget_and_no_disk(trained: tuple[Runtime, Any, Path], spill: P
     roomy.close()
 
 
-def test_weights_alone_for_a_run_without_optimizer(
-    trained: tuple[Runtime, Any, Path], spill: Path
-) -> None:
+def test_weights_alone_for_a_run_without_optimizer(trained: Trained, spill: Path) -> None:
     run, _, point = trained
     model = Net()
     offload.wrap(model, host_memory=BUDGET, disk=spill, tuning=Tuning(chunk_bytes=65536))
@@ -209,7 +206,7 @@ def test_weights_alone_for_a_run_without_optimizer(
     reader.close()
 
 
-def test_files_are_plain_safetensors(trained: tuple[Runtime, Any, Path]) -> None:
+def test_files_are_plain_safetensors(trained: Trained) -> None:
     run, _, point = trained
     found: dict[str, Tensor] = {}
     for path in [*point.glob("weights-*"), *point.glob("optimizer-*")]:
@@ -220,26 +217,52 @@ def test_files_are_plain_safetensors(trained: tuple[Runtime, Any, Path]) -> None
     assert not [p for p in point.parent.iterdir() if p.name.startswith(".")]
 
 
+class Counting(nn.Linear):
+    """A module that keeps more than tensors."""
+
+    calls = 0
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"calls": self.calls, "when": (1, 2.5)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        assert state["when"] == (1, 2.5)
+        self.calls = state["calls"]
+
+
+def test_what_modules_add_to_their_state(tmp_path: Path, spill: Path) -> None:
+    model = nn.Sequential(Counting(64, 64), nn.Linear(64, 64))
+    assert isinstance(model[0], Counting)
+    model[0].calls = 7
+    offload.wrap(model, host_memory="256KiB", disk=spill, tuning=Tuning(machine=MACHINE))
+    with offload.runtime(model) as run:
+        run.save(tmp_path / "a")
+        model[0].calls = 0
+        run.load(tmp_path / "a")
+    assert model[0].calls == 7
+
+
 def test_saving_in_mid_step_does_not_disturb_it(tmp_path: Path, spill: Path) -> None:
-    def steps(save: bool) -> list[float]:
+    def steps(save_at: tuple[int, ...]) -> tuple[list[float], list[object]]:
         run, scheduler = fresh(OPTIMIZERS["adamw"], spill)
         assert run.optimizer is not None
         losses = []
         for i in range(4):
             ids = torch.randint(0, VOCABULARY, (16,))
             loss = nn.functional.cross_entropy(run.model(ids), ids)
-            if save and i == 2:
+            if i in save_at:
                 run.save(tmp_path / "a", scheduler)
             torch.autograd.backward(loss)
-            if save and i == 3:
+            if i in save_at:
                 run.save(tmp_path / "a", scheduler)
             run.optimizer.step()
             run.optimizer.zero_grad()
             losses.append(loss.item())
+        trace = run.parts.steps.tracks[Kind.TRAIN].trace
         run.close()
-        return losses
+        return losses, [m.key for m in trace.moments] if trace else []
 
-    assert steps(save=True) == steps(save=False)
+    assert steps(save_at=(0, 2)) == steps(save_at=())
 
 
 def test_memory_of_save_and_load_is_within_the_budget(tmp_path: Path, spill: Path) -> None:
@@ -287,9 +310,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
         "weights-00001-of-00001.safetensors", "optimizer-00001-of-00001.safetensors",
     ],
 )  # fmt: skip
-def test_damage_is_found_before_anything_changes(
-    trained: tuple[Runtime, Any, Path], file: str, damage: str
-) -> None:
+def test_damage_is_found_before_anything_changes(trained: Trained, file: str, damage: str) -> None:
     run, scheduler, point = trained
     train(run, scheduler, 1)
     before = snapshot(run)
@@ -299,13 +320,13 @@ def test_damage_is_found_before_anything_changes(
     assert same(snapshot(run), before)
 
 
-def test_nothing_there(trained: tuple[Runtime, Any, Path], tmp_path: Path) -> None:
+def test_nothing_there(trained: Trained, tmp_path: Path) -> None:
     run, scheduler, _ = trained
     with pytest.raises(CheckpointError, match="there is no checkpoint at"):
         run.load(tmp_path / "nowhere", scheduler)
 
 
-def test_another_model_or_optimizer(trained: tuple[Runtime, Any, Path], spill: Path) -> None:
+def test_another_model_or_optimizer(trained: Trained, spill: Path) -> None:
     _, _, point = trained
     wide, scheduler = fresh(OPTIMIZERS["adamw"], spill, width=128)
     with pytest.raises(CheckpointError, match=r"embed\.weight|frozen") as caught:
@@ -322,16 +343,14 @@ def test_another_model_or_optimizer(trained: tuple[Runtime, Any, Path], spill: P
     halved.close()
 
 
-def test_scheduler_that_was_not_saved(trained: tuple[Runtime, Any, Path], tmp_path: Path) -> None:
+def test_scheduler_that_was_not_saved(trained: Trained, tmp_path: Path) -> None:
     run, scheduler, _ = trained
     run.save(tmp_path / "bare")
     with pytest.raises(CheckpointError, match="no scheduler"):
         run.load(tmp_path / "bare", scheduler)
 
 
-def test_foreign_directories_are_not_replaced(
-    trained: tuple[Runtime, Any, Path], tmp_path: Path
-) -> None:
+def test_foreign_directories_are_not_replaced(trained: Trained, tmp_path: Path) -> None:
     run, _, _ = trained
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
@@ -343,211 +362,8 @@ def test_foreign_directories_are_not_replaced(
     assert (tmp_path / "photos" / "cat.jpg").exists()
 
 
-def test_what_cannot_be_saved_is_named(trained: tuple[Runtime, Any, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_saved_is_named(trained: Trained, tmp_path: Path) -> None:
     run, _, _ = trained
     with pytest.raises(CheckpointError, match=r"extra\.hook is a function"):
         run.save(tmp_path / "b", extra={"hook": lambda: None})
     assert not (tmp_path / "b").exists()
-
-
-# -- crashes --------------------------------------------------------------------------------
-
-
-_SAVER = """
-    import sys
-    from pathlib import Path
-    import torch
-    import test_checkpoint as t
-    folder = Path(sys.argv[1])
-    run, scheduler = t.fresh(t.OPTIMIZERS["adamw"], folder / "spill")
-    t.train(run, scheduler, 1)
-    run.save(folder / "point", scheduler, {"save": 0})
-    print("saved", flush=True)
-    for i in range(1, 1000):
-        with torch.no_grad():
-            run.model.head.bias.fill_(i)
-        run.save(folder / "point", scheduler, {"save": i})
-"""
-
-
-def test_kill_at_any_time_leaves_a_whole_checkpoint(tmp_path: Path, spill: Path) -> None:
-    seen = set()
-    for i in range(6):
-        child = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(_SAVER), str(tmp_path)],
-            stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
-        )  # fmt: skip
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"saved\n"
-        time.sleep(0.023 * i)
-        os.kill(child.pid, signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-        child.stdout.close()
-        run, scheduler = fresh(OPTIMIZERS["adamw"], spill, seed=9)
-        number = run.load(tmp_path / "point", scheduler)["save"]
-        assert number == 0 or torch.all(run.model.head.bias == number)  # type: ignore[union-attr]
-        seen.add(number)
-        run.save(tmp_path / "point", scheduler, {"save": -1})  # what the crash left is no hindrance
-        assert not [p for p in tmp_path.iterdir() if p.name.startswith(".point")]
-        run.close()
-    assert len(seen) > 1  # kills came at different stages
-
-
-def test_every_failing_call_leaves_the_earlier_checkpoint(
-    trained: tuple[Runtime, Any, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fail the first, second, ... of the system calls of a save, until one save succeeds."""
-    run, scheduler, point = trained
-    run.save(point, scheduler, {"save": 0})
-    real = {name: getattr(os, name) for name in ("open", "write", "fsync", "rename", "mkdir")}
-    failures = 0
-    while True:
-        left = failures
-
-        def failing(name: str) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                nonlocal left
-                left -= 1
-                if left == -1:
-                    raise OSError(5, "Input/output error")
-                return real[name](*args, **kwargs)
-
-            return call
-
-        with monkeypatch.context() as patch:
-            for name in real:
-                patch.setattr(os, name, failing(name))
-            try:
-                run.save(point, scheduler, {"save": failures + 1})
-                break
-            except CheckpointError:
-                pass
-        failures += 1
-        number = run.load(point, scheduler)["save"]
-        assert number < failures or left < 0
-    assert failures > 10
-    assert run.load(point, scheduler)["save"] == failures + 1
-    train(run, scheduler, 1)
-
-
-def test_without_exchange_a_crash_between_renames_is_found(
-    trained: tuple[Runtime, Any, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, scheduler, point = trained
-    monkeypatch.setattr(publish, "_exchange", lambda *_: False)
-    run.save(point, scheduler, {"save": 1})
-    os.rename(point, point.with_name(f".{point.name}.previous"))  # the crash
-    assert run.load(point, scheduler) == {"save": 1}
-    run.save(point, scheduler, {"save": 2})
-    assert run.load(point, scheduler) == {"save": 2}
-    assert not [p for p in point.parent.iterdir() if p.name.startswith(f".{point.name}")]
-
-
-def test_two_savers_do_not_mix(trained: tuple[Runtime, Any, Path]) -> None:
-    run, scheduler, point = trained
-    with (
-        publish.replacing(point, lambda _: True),
-        pytest.raises(CheckpointError, match="another process"),
-    ):
-        run.save(point, scheduler)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("needs to mount a tmpfs")
-    command = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
-    if subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("cannot mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.mark.parametrize("foreseen", [True, False])
-def test_full_disk(
-    small_disk: Path, spill: Path, foreseen: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, scheduler = fresh(OPTIMIZERS["adamw"], spill)
-    train(run, scheduler, 1)
-    run.save(small_disk / "point", scheduler, {"save": 1})
-    (small_disk / "ballast").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - (1 << 20)))
-    if not foreseen:
-        monkeypatch.setattr("offload.checkpoint._check_space", lambda *_: None)
-    match = "needs" if foreseen else "could not be written.*free at least"
-    with pytest.raises(CheckpointError, match=match):
-        run.save(small_disk / "point", scheduler, {"save": 2})
-    assert not (small_disk / ".point.partial").exists()
-    train(run, scheduler, 1)
-    assert run.load(small_disk / "point", scheduler) == {"save": 1}
-    run.close()
-
-
-# -- parts ----------------------------------------------------------------------------------
-
-
-def test_codec_gives_back_what_it_took() -> None:
-    value = {
-        "plain": [None, True, 1, -0.0, 1e-310, "ü", 2**70],
-        "odd": (float("inf"), float("-inf"), ()),
-        3: Counter({4: 2}),
-        "$float": "not a tag",
-        "tensor": torch.arange(3, dtype=torch.bfloat16),
-        "array": np.arange(4, dtype=np.uint32),
-        "number": np.float64(0.1),
-        "dtype": torch.float16,
-        "device": torch.device("cpu"),
-        "nested": {"a": {"b": (1, [2, {"c": 3}])}},
-    }
-    tensors: dict[str, Tensor] = {}
-    back = decode(json.loads(json.dumps(encode(value, "v", tensors), allow_nan=False)), tensors)
-    assert torch.equal(back.pop("tensor"), torch.arange(3, dtype=torch.bfloat16))
-    array = back.pop("array")
-    assert array.dtype == np.uint32
-    assert array.tolist() == [0, 1, 2, 3]
-    del value["tensor"], value["array"]
-    assert back == value
-    assert type(back[3]) is Counter
-    assert np.isnan(decode(encode(float("nan"), "v", {}), {}))
-
-
-def test_shards_keep_to_the_limit() -> None:
-    specs = [Spec(str(i), torch.float32, (n,)) for i, n in enumerate((10, 5, 30, 1, 9, 10))]
-    shards = shard(specs, 80)
-    assert [[s.name for s in part] for part in shards] == [["0", "1"], ["2"], ["3", "4", "5"]]
-    assert shard([], 80) == []
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"{",
-        b"[]",
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,8]}}',
-        b'{"a":{"dtype":"F32","shape":[-2,-1],"data_offsets":[0,8]}}',
-        b'{"a":{"dtype":"F99","shape":[2],"data_offsets":[0,8]}}',
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
-    ],
-)
-def test_headers_that_lie_are_refused(tmp_path: Path, header: bytes) -> None:
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with (
-        HashingReader(path, FileRecord(path.stat().st_size, "")) as reader,
-        pytest.raises(CheckpointError, match=r"x\.safetensors"),
-    ):
-        reader.read_header()
-
-
-def test_reads_what_the_library_writes(tmp_path: Path) -> None:
-    tensors = {"a": torch.ones(3, dtype=torch.bool), "b": torch.rand(2, 2), "c": torch.empty(0, 4)}
-    path = tmp_path / "x.safetensors"
-    save_file(tensors, path)
-    with HashingReader(path, FileRecord(path.stat().st_size, "")) as reader:
-        for spec in reader.read_header():
-            raw = bytearray(reader.read(spec.size_bytes))
-            if raw:
-                found = torch.frombuffer(raw, dtype=spec.dtype).view(spec.shape)
-                assert torch.equal(found, tensors[spec.name])

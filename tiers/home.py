@@ -54,6 +54,7 @@ class Chunk:
     sparse: bool = False  # read row by row where it lies, hardly ever as a whole
     frame: Frame | None = None  # whose pages are at home, or are being filled
     loading: Ticket | None = None
+    writes_then: int = 0  # writes begun when the load was, to tell whether any ran beside it
     saving: Ticket | None = None
     crc: int = 0
     crc_epoch: int = 0  # the space's epoch when crc was last known to be the file's
@@ -151,12 +152,16 @@ class HomeSpace:
         assert chunk.loading is None
         chunk.frame = self.pool.take(chunk.size_bytes)
         chunk.loading = Ticket(chunk.id)
+        chunk.writes_then = self.disk.writes
         self._look_for_foreign_writes()
         self._loads[chunk.id] = chunk
         self.lanes["read"].submit(chunk.loading, self._reading(chunk), chunk.size_bytes)
 
-    def install(self, chunk: Chunk) -> None:
-        """Put a loaded chunk's pages at its home, waiting for the read if need be."""
+    def install(self, chunk: Chunk, *, user_code: bool = True) -> None:
+        """Put a loaded chunk's pages at its home, waiting for the read if need be.
+
+        ``user_code``: whether any ran since the load began, that may have written to the home.
+        """
         ticket, frame = chunk.loading, chunk.frame
         assert ticket is not None
         assert frame is not None
@@ -166,6 +171,8 @@ class HomeSpace:
             ticket = chunk.loading
             assert ticket is not None
             self.lanes["read"].wait(ticket)
+        if user_code and self._doubtful(chunk):
+            ticket = self._read_again(chunk)
         if ticket.result != chunk.crc:
             self._believe_or_raise(chunk, ticket.result)
         vm.move_pages(frame.address, chunk.address, chunk.size_bytes)
@@ -256,6 +263,16 @@ class HomeSpace:
         assert disk is not None
         return lambda: disk.write(chunk.address, chunk.size_bytes, chunk.offset)
 
+    @property
+    def epoch(self) -> int:
+        """How often foreign writes were seen."""
+        return self._epoch
+
+    def look(self) -> int:
+        """The epoch, after looking for foreign writes once more."""
+        self._look_for_foreign_writes()
+        return self._epoch
+
     def _look_for_foreign_writes(self) -> None:
         """Notice writes made through mappings; read staged copies again if there were any."""
         if self.disk is None or not self.disk.foreign_write():
@@ -264,8 +281,29 @@ class HomeSpace:
         for chunk in self._loads.values():
             assert chunk.loading is not None
             self.lanes["read"].wait(chunk.loading)
-            chunk.loading = Ticket(chunk.id)
-            self.lanes["read"].submit(chunk.loading, self._reading(chunk), chunk.size_bytes)
+            self._submit_again(chunk)
+
+    def _doubtful(self, chunk: Chunk) -> bool:
+        """Whether a write through the mapping may hide behind the time of a write of ours.
+
+        Ours leave nothing in the page cache (they are direct): what is there, somebody touched.
+        """
+        disk = self.disk
+        assert disk is not None
+        return disk.writes != chunk.writes_then and (
+            disk.engine == "buffered" or vm.any_cached(chunk.address, chunk.size_bytes)
+        )
+
+    def _read_again(self, chunk: Chunk) -> Ticket:
+        self._epoch += 1  # so that whatever comes is believed
+        ticket = self._submit_again(chunk)
+        self.lanes["read"].wait(ticket)
+        return ticket
+
+    def _submit_again(self, chunk: Chunk) -> Ticket:
+        ticket = chunk.loading = Ticket(chunk.id)
+        self.lanes["read"].submit(ticket, self._reading(chunk), chunk.size_bytes)
+        return ticket
 
     def _believe_or_raise(self, chunk: Chunk, crc: int) -> None:
         if self._epoch > chunk.crc_epoch:

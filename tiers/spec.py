@@ -39,10 +39,12 @@ def parse_size(size: int | str) -> int:
 
 
 def format_size(size_bytes: float) -> str:
-    """A size for people: GiB from 1 GiB upward, else MiB."""
+    """A size for people: GiB, MiB or KiB."""
     if abs(size_bytes) >= GIB:
         return f"{size_bytes / GIB:.2f} GiB"
-    return f"{size_bytes / MIB:.1f} MiB"
+    if abs(size_bytes) >= MIB:
+        return f"{size_bytes / MIB:.1f} MiB"
+    return f"{size_bytes / KIB:.1f} KiB"
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -32,6 +32,7 @@ _libc.mremap.argtypes = [
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p,
 ]  # fmt: skip
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
@@ -93,6 +94,14 @@ def map_anonymous(address: int, size_bytes: int) -> None:
     """Put fresh zero pages at this address, replacing what is mapped there."""
     flags = _PRIVATE | _ANONYMOUS | _FIXED | _NORESERVE
     _check(_libc.mmap(address, size_bytes, _READ_WRITE, flags, -1, 0), "mmap")
+
+
+def any_cached(address: int, size_bytes: int) -> bool:
+    """Whether any page of a file mapping is in the page cache: somebody touched it there."""
+    pages = -(-size_bytes // PAGE_BYTES)
+    seen = (ctypes.c_ubyte * pages)()
+    _check(_libc.mincore(address, size_bytes, seen), "mincore")
+    return any(v & 1 for v in bytes(seen).strip(b"\0"))
 
 
 def move_pages(source: int, target: int, size_bytes: int) -> None:

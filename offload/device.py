@@ -1,0 +1,379 @@
+"""The device tier: chunks of whole parameters that are copied from their homes into frames.
+
+``DeviceSpace`` is to the engine what ``HomeSpace`` is on the host, so the same engine, steps,
+recorder, follower and planner serve both levels. Below it stands the host's engine: a load here
+is a need there, and so the sequence of uploads is the access trace of the host level. Frames are
+never dirty; nothing is ever saved from here.
+
+[Note: frames do not outlive our own code]
+A frame is a second copy of a weight. Users may write to a parameter in ways that leave no trace
+(``p.data``, numpy), so whenever their code runs between passes no copy is kept: ``retire``
+empties the level when a pass ends, and what the plan would have kept is queued for upload again
+when the next one begins. Within a pass a write is seen by the parameter's version.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+
+from offload.bind import Binding, Family, dense_strides
+from offload.engine import Engine
+from offload.errors import BudgetError
+from offload.ledger import Ledger
+from offload.prefetch.trace import Access, Need, Phase
+from offload.steps import Steps
+from offload.tiers import vm
+from offload.tiers.arena import DeviceArena
+from offload.tiers.copy import Copier, LendingHomes, Mark, Upload
+from offload.tiers.home import Backing, Chunk, HomeSpace, Region
+from offload.tiers.lane import Lane, Ticket
+from offload.tiers.spec import format_size
+
+_LAYER = re.compile(r"(?:.*?\.)?\d+\.")  # "model.layers.3." of "model.layers.3.mlp.up.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A parameter's place on the device: elements from ``offset`` on in a chunk's frame."""
+
+    chunk: int
+    index: int  # among the parameters of the chunk
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What fills a device chunk: elements [start, stop) of a family's run of weights."""
+
+    region: Region
+    start: int
+    stop: int
+    dtype: torch.dtype  # of the homes
+    params: tuple[nn.Parameter, ...]
+
+    def pieces(self) -> Iterator[tuple[int, int, int]]:
+        """(host chunk id, start, stop) of the parts that lie in one host chunk each."""
+        step = self.region.layout.chunk_elements
+        for c in range(self.start // step, -(-self.stop // step)):
+            yield (
+                self.region.chunk_ids.start + c,
+                max(self.start, c * step),
+                min(self.stop, (c + 1) * step),
+            )
+
+    def home(self, start: int, stop: int) -> Tensor:
+        """The homes of elements [start, stop) as one flat CPU tensor."""
+        itemsize = self.dtype.itemsize
+        buffer = vm.buffer_at(self.region.address + start * itemsize, (stop - start) * itemsize)
+        buffer.mapping = self.region.mapping  # type: ignore[attr-defined]
+        return torch.frombuffer(buffer, dtype=self.dtype)
+
+
+class DeviceSpace:
+    """The chunks of the device level and the uploads that fill their frames."""
+
+    def __init__(self, arena: DeviceArena, lane: Lane, copier: Copier, host: Engine) -> None:
+        self.chunks: list[Chunk] = []
+        self.pool = arena
+        self.disk = host.space  # what stands below; homes are never absent
+        self.lanes = {"read": lane}
+        self.slots: dict[nn.Parameter, Slot] = {}
+        self.phase = Phase.FORWARD
+        self._copier = copier
+        self._host = host
+        self._sources: list[Source] = []
+        self._uploads: dict[int, tuple[Upload, tuple[int, ...]]] = {}  # chunk -> and versions
+
+    def add_family(self, family: Family, dtype: torch.dtype, chunk_bytes: int) -> None:
+        """Cut a family of parameters into device chunks of about this size, held as ``dtype``."""
+        starts, numels = family.layout.starts, family.layout.numels
+        for group in neighbours(family, chunk_bytes // dtype.itemsize):
+            start, stop = starts[group[0]], starts[group[-1]] + numels[group[-1]]
+            params = tuple(family.params[i] for i in group)
+            chunk = Chunk(
+                len(self.chunks), 0, (stop - start) * dtype.itemsize, 0,
+                f"device copy of {family.names[group[0]]}...", Backing.FILE,
+            )  # fmt: skip
+            self.chunks.append(chunk)
+            self._sources.append(Source(family.weights, start, stop, params[0].dtype, params))
+            for index, (i, param) in enumerate(zip(group, params, strict=True)):
+                self.slots[param] = Slot(
+                    chunk.id, index, starts[i] - start, param.shape, dense_strides(param), dtype
+                )
+
+    # -- what the engine asks for -----------------------------------------------------------
+
+    def start_load(self, chunk: Chunk) -> None:
+        """Begin to copy a chunk from its homes, having them fetched from disk first."""
+        source = self._sources[chunk.id]
+        frame = self.pool.take(chunk.size_bytes)
+        self.pool.assign(frame, chunk.id)
+        upload = Upload(Mark(self.pool.memory.vacant(frame.address)))
+        dtype = self.slots[source.params[0]].dtype
+        target = self.pool.memory.over(frame.address, frame.size_bytes, None).view(dtype)
+        chunk.frame = frame
+        versions = tuple(p._version for p in source.params)
+        self._uploads[chunk.id] = upload, versions
+        try:
+            for host_chunk, start, stop in source.pieces():
+                self._host.need(self.phase, (Need(host_chunk, Access.READ),))
+                into = target[start - source.start : stop - source.start]
+                self._submit(upload, host_chunk, source.home(start, stop), into)
+        except BaseException:
+            self._wait(upload)
+            self._vacate(chunk)
+            raise
+        chunk.loading = upload.tickets[-1]
+
+    def install(self, chunk: Chunk, *, user_code: bool = True) -> None:
+        """The chunk may be computed with from now on. What users write, ``retire`` takes in."""
+        upload, _ = self._uploads[chunk.id]
+        self._wait(upload)
+        self._copier.arrive(upload.mark)
+        chunk.backing, chunk.loading = Backing.RAM, None
+
+    def unchanged(self, chunk: Chunk) -> bool:
+        """Frames are only read."""
+        return True
+
+    def drop(self, chunk: Chunk, *, dead: bool = False) -> None:
+        """Give the frame back; it is free when no tensor refers to it any more."""
+        self._vacate(chunk)
+
+    def loads(self) -> list[Chunk]:
+        """Chunks whose upload is under way or done but not installed, in the order of issue."""
+        return [self.chunks[c] for c in self._uploads if self.chunks[c].loading is not None]
+
+    def abandon_load(self, chunk: Chunk) -> None:
+        """Give up a copy that was made ahead and is not wanted."""
+        upload, _ = self._uploads[chunk.id]
+        self._wait(upload)
+        self._copier.drain(upload.mark)
+        self._vacate(chunk)
+
+    # -- what compute asks for --------------------------------------------------------------
+
+    def view(self, param: nn.Parameter) -> Tensor:
+        """A tensor over a resident parameter's part of its frame: own storage, no history."""
+        slot = self.slots[param]
+        return self.rebuild(slot.chunk, slot.dtype, slot.shape, slot.stride, slot.offset)
+
+    def rebuild(
+        self, chunk: int, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], offset: int
+    ) -> Tensor:
+        """A tensor over a resident chunk; ``offset`` in elements of ``dtype``."""
+        frame = self.chunks[chunk].frame
+        assert frame is not None
+        flat = self.pool.lend(frame)[: frame.size_bytes // dtype.itemsize * dtype.itemsize]
+        return torch.as_strided(flat.view(dtype), shape, stride, offset).detach()
+
+    def outdated(self, param: nn.Parameter) -> bool:
+        """Whether the parameter was written to after its copy was begun."""
+        slot = self.slots[param]
+        known = self._uploads.get(slot.chunk)
+        if known is None:
+            return False
+        return known[1][slot.index] != param._version
+
+    def home_dtypes(self) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
+        """Every parameter and what it was when it was adopted."""
+        for source in self._sources:
+            for param in source.params:
+                yield param, source.dtype
+
+    def param_at(self, chunk: int, offset_bytes: int) -> nn.Parameter:
+        """The parameter whose elements stand at this offset of a chunk."""
+        params = self._sources[chunk].params
+        first = self.slots[params[0]].dtype.itemsize
+        return max(
+            (p for p in params if self.slots[p].offset * first <= offset_bytes),
+            key=lambda p: self.slots[p].offset,
+        )
+
+    def close(self) -> None:
+        """Stop the lane and free the frames that nobody views."""
+        for lane in self.lanes.values():
+            lane.close()
+        self.pool.trim()
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _submit(self, upload: Upload, host_chunk: int, source: Tensor, target: Tensor) -> None:
+        ticket = Ticket(host_chunk)
+        upload.tickets.append(ticket)
+        homes = self._host.space
+        assert isinstance(homes, LendingHomes)
+        work = partial(_copy, self._copier, source, target, upload.mark)
+        homes.lend(homes.chunks[host_chunk], self.lanes["read"], ticket, work)
+
+    def _wait(self, upload: Upload) -> None:
+        for ticket in upload.tickets:
+            self.lanes["read"].wait(ticket)
+
+    def _vacate(self, chunk: Chunk) -> None:
+        assert chunk.frame is not None
+        del self._uploads[chunk.id]
+        self.pool.give(chunk.frame)
+        chunk.frame = chunk.loading = None
+        chunk.backing = Backing.FILE
+
+
+def _copy(copier: Copier, source: Tensor, target: Tensor, mark: Mark) -> int:
+    copier.upload(source, target, mark)
+    return 0
+
+
+def neighbours(family: Family, elements: int) -> list[list[int]]:
+    """Runs of parameters that share a frame: of one layer, and together not above ``elements``.
+
+    Layers are cut alike, so that few sizes of frames occur and those are reused. A parameter
+    above the limit has a frame of its own; empty ones need none.
+    """
+    layout = family.layout
+    runs: list[list[int]] = []
+    layer: str | None = None
+    for i, name in enumerate(family.names):
+        if layout.numels[i] == 0:
+            continue
+        found = _LAYER.match(name)
+        mine = found[0] if found else ""
+        end = layout.starts[i] + layout.numels[i]
+        if runs and mine == layer and end - layout.starts[runs[-1][0]] <= elements:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+        layer = mine
+    return runs
+
+
+class DeviceEngine(Engine):
+    """The engine of the device level: chunks in use by tensors are not for eviction."""
+
+    def __init__(self, space: DeviceSpace, ledger: Ledger) -> None:
+        # DeviceSpace has all that Engine asks of a HomeSpace without a disk below.
+        super().__init__(cast(HomeSpace, space), ledger)
+        self.frames = space
+        self._owed: set[int] = set()
+
+    def need(self, phase: Phase, needs: tuple[Need, ...]) -> None:
+        self.frames.phase = phase
+        self.frames.pool.collect()
+        if self._owed:
+            self._queue_again()
+        super().need(phase, needs)
+
+    def serve(self, phase: Phase, param: nn.Parameter) -> Tensor:
+        """A view of a parameter's present value, brought here if need be."""
+        chunk = self.frames.slots[param].chunk
+        if self.frames.outdated(param):
+            self._discard(self.frames.chunks[chunk])
+        self.need(phase, (Need(chunk, Access.READ),))
+        return self.frames.view(param)
+
+    def retire(self) -> None:
+        """User code runs: no copy of a weight is kept. The plan's are fetched again after."""
+        gone = [*self._resident, *(c.id for c in self.frames.loads())]
+        for c in gone:
+            self._discard(self.frames.chunks[c])
+        self._last = ()
+        if self.follower is not None:
+            self._owed.update(gone)
+
+    def begin(self, *args: Any) -> None:
+        self._owed.clear()
+        super().begin(*args)
+
+    def finish(self) -> None:
+        # What the plan would fetch for the next step is fetched when that begins: after the update.
+        self.follower = None
+        self._owed.clear()
+        self._queue.clear()
+        super().finish()
+
+    def pass_through(self, size_bytes: int) -> None:
+        """Note memory that is there for a moment only (a gradient on its way to the host)."""
+        if self.recorder is not None:
+            self.recorder.see_other(self.ledger.other_bytes + size_bytes)
+
+    def _queue_again(self) -> None:
+        assert self.follower is not None
+        wanted = (self._owed | set(self._queue)) - self._resident.keys()
+        self._queue.clear()
+        self._queue.extend(sorted(wanted, key=self.follower.next_use))
+        self._owed.clear()
+
+    def _discard(self, chunk: Chunk) -> None:
+        if chunk.loading is not None:
+            self.frames.abandon_load(chunk)
+        else:
+            self._forget(chunk, dead=False)
+
+    def _make_room(self, size_bytes: int, keep: set[int], what: str = "a weight") -> None:
+        self.frames.pool.collect()
+        super()._make_room(size_bytes, keep, what)
+
+    def _victim(self, keep: set[int]) -> Chunk | None:
+        """As on the host, of those that no tensor refers to: others would give no room."""
+        viewed = {
+            c for c in self._resident
+            if (frame := self.frames.chunks[c].frame) is not None and self.frames.pool.viewed(frame)
+        }  # fmt: skip
+        return super()._victim(keep | viewed)
+
+    def _refuse(self, size_bytes: int, keep: set[int], what: str) -> NoReturn:
+        ledger = self.ledger
+        free_bytes = ledger.room_bytes
+        held = ledger.budget_bytes - free_bytes - ledger.fixed_bytes - ledger.other_bytes
+        least = ledger.budget_bytes - free_bytes + size_bytes
+        raise BudgetError(
+            f"device tier: {what} needs {format_size(size_bytes)} more, but of the budget of "
+            f"{format_size(ledger.budget_bytes)} weights in use take {format_size(held)}, "
+            f"activations {format_size(ledger.other_bytes)}, buffers "
+            f"{format_size(ledger.fixed_bytes)}; this step needs device_memory of at least "
+            f"{format_size(least)}: give that, or use a smaller batch or gradient checkpointing",
+            tier="device",
+            needed_bytes=least,
+            given_bytes=ledger.budget_bytes,
+            smallest_bytes=least,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Device:
+    """The device level of a run."""
+
+    place: torch.device
+    dtype: torch.dtype | None  # of floating weights in frames; None: as in their homes
+    engine: DeviceEngine
+    steps: Steps
+
+    def end_step(self) -> None:
+        """The update begins: every copy is about to be outdated."""
+        self.engine.retire()
+        self.steps.end()
+
+    def close(self) -> None:
+        """Free the frames and stop the lane."""
+        self.engine.retire()
+        self.engine.frames.close()
+
+
+def frame_dtype(param_dtype: torch.dtype, compute: torch.dtype | None) -> torch.dtype:
+    """What a parameter is computed in."""
+    return compute if compute is not None and param_dtype.is_floating_point else param_dtype
+
+
+def add_families(space: DeviceSpace, binding: Binding, dtype: torch.dtype | None, chunk_bytes: int) -> None:
+    """Give every parameter its place on the device."""
+    for family in binding.families:
+        space.add_family(family, frame_dtype(family.params[0].dtype, dtype), chunk_bytes)

@@ -1,0 +1,321 @@
+"""Hooks for the framed path: weights are read from frames, gradients go to homes on the host.
+
+[Note: two threads]
+On CUDA autograd runs the device's nodes on a thread of its own, while gradients that have reached
+the host are added up on the thread that called ``backward``. Both come here: one lock serialises
+everything that touches residency.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+from offload.bind import Binding, Home
+from offload.device import Device
+from offload.engine import Engine
+from offload.errors import OffloadError
+from offload.guard import AllocationGuard
+from offload.homing import check_parameters
+from offload.hooks import Before, Hook, InFlight, settle_gradient
+from offload.hooks import _caller_of_hooks as caller_of_hooks
+from offload.prefetch.trace import Access, Need, Phase
+from offload.saved import Activations
+from offload.steps import Kind, Mode, Steps
+from offload.tiers.copy import to_host
+from offload.use import SavedInFrames, Use, attach, detach
+
+
+def backward_runs() -> bool:
+    """Whether this thread is inside a backward pass. Torch has no public question for it."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class GradientHomes:
+    """Gradients on the host: their room while in flight, and their way into homes."""
+
+    def __init__(
+        self, engine: Engine, binding: Binding, on_grad: Callable[[nn.Parameter], None] | None
+    ) -> None:
+        self._engine = engine
+        self._binding = binding
+        self._on_grad = on_grad
+        self._foreign: set[Home] = set()
+        self.in_flight = InFlight(engine)
+        homes = [h for h in binding.homes.values() if h.family.trained]
+        engine.largest_gradient_bytes = max((h.size_bytes for h in homes), default=0)
+
+    def before(self, home: Home, grad: Tensor) -> None:
+        """Autograd is about to add this gradient to ``.grad``."""
+        if grad.is_sparse:
+            raise OffloadError(
+                f"{home.name} has a sparse gradient, which has no home: build the embedding "
+                "with sparse=False"
+            )
+        self._foreign.discard(home)
+        if home.param.grad is not None and not home.grad_is_home:
+            self._foreign.add(home)  # the user's own tensor: autograd adds to it in place
+        self.in_flight.take(home, home.size_bytes)
+        if home.grad_is_home:
+            needs = tuple(Need(c, Access.WRITE) for c in home.grad_chunks)
+            self._engine.need(Phase.BACKWARD, needs)
+
+    def after(self, home: Home) -> None:
+        """Autograd has added it."""
+        if home not in self._foreign and home.param.grad is not None and not home.grad_is_home:
+            settle_gradient(self._engine, self._binding, home)
+        self.in_flight.give(home)
+        if self._on_grad is not None:
+            self._on_grad(home.param)
+
+
+class DeviceHooks:
+    """All hooks of one model whose weights are computed with in frames."""
+
+    def __init__(
+        self, model: nn.Module, engine: Engine, binding: Binding, steps: Steps, device: Device,
+        on_grad: Callable[[nn.Parameter], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._model = model
+        self._binding = binding
+        self._levels = (steps, device.steps)
+        self._host = engine
+        self._device = device
+        self._lock = threading.RLock()
+        self._grads = GradientHomes(engine, binding, on_grad)
+        self._pass = _Pass()
+        self._handles = self._attach()
+        self._moved = move_buffers(model, device.place)
+        attach(model, self._read)
+
+    def remove(self) -> None:
+        """Detach everything; the model reads its parameters themselves again."""
+        self._leave_contexts()
+        detach(self._model)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module, name in self._moved:
+            buffer = module._buffers[name]
+            module._buffers[name] = buffer.cpu() if buffer is not None else None
+        self._device.close()
+
+    def _attach(self) -> list[RemovableHandle]:
+        model, engine = self._model, self._device.engine
+        activations = Activations(engine.take_other, engine.ledger.give_other)
+        self._saved = SavedInFrames(engine.frames, self._fetch_saved, activations, self._pass.running)
+        self._shared = _shared_params(model)
+        engine.largest_gradient_bytes = max((c.size_bytes for c in engine.space.chunks), default=0)
+        handles = [
+            model.register_forward_pre_hook(
+                Hook(self._enter_root), prepend=True, with_kwargs=True
+            ),
+            model.register_forward_hook(Hook(self._leave_root), always_call=True),
+        ]
+        for home in self._binding.homes.values():
+            if home.family.trained:
+                before, after = self._gradient(home)
+                handles.append(home.param.register_hook(Hook(before)))
+                handles.append(home.param.register_post_accumulate_grad_hook(Hook(after)))
+        return handles
+
+    # -- forward ----------------------------------------------------------------------------
+
+    def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            raise OffloadError(COMPILED)
+        with self._lock:
+            self._leave_contexts()  # an interrupt may have skipped the last leave
+            self._end_pass()
+            self._check_homes()
+            kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
+            modes = [steps.begin(kind) for steps in self._levels]
+        if kind is Kind.TRAIN:
+            self._push(torch.autograd.graph.saved_tensors_hooks(
+                self._saved.pack, self._saved.unpack
+            ))  # fmt: skip
+        if modes[1] is Mode.RECORD:
+            self._pass.before = Before(module)
+            self._push(AllocationGuard(self._foresee, self._pass.running))
+        self._pass.frame = caller_of_hooks()
+        return tree_map(self._to_device, (args, kwargs))
+
+    def _leave_root(self, module: nn.Module, args: object, output: object) -> None:
+        with self._lock:
+            self._leave_contexts()
+            self._end_pass()
+            if self._levels[0].current is Kind.INFER:
+                for steps in self._levels:
+                    steps.end()
+            else:
+                self._host.leave_forward()
+
+    def _to_device(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        floating = x.is_floating_point()
+        return x.to(self._device.place, self._device.dtype if floating else None)
+
+    def _check_homes(self) -> None:
+        """Take in ``.data`` that was replaced; refuse what has become something else."""
+        for param, dtype in self._device.engine.frames.home_dtypes():
+            if param.dtype != dtype or param.device.type != "cpu":
+                raise OffloadError(
+                    f"{self._binding.homes[param].name} is now {param.dtype} on {param.device}: a "
+                    "managed model cannot be moved or converted with .to(), .half() or .cuda(); do "
+                    "that before offload.wrap, or give wrap device=... and compute_dtype=..."
+                )
+        check_parameters(self._model, self._host, self._binding)
+
+    def _foresee(self, size_bytes: int, operation: str) -> None:
+        engine = self._device.engine
+        try:
+            engine.make_room_for(size_bytes, f"the result of {operation}")
+        except OffloadError:
+            if self._pass.before is not None:
+                self._pass.before.restore()
+            raise
+        engine.pass_through(size_bytes)
+
+    # -- weights ----------------------------------------------------------------------------
+
+    def _read(self, param: nn.Parameter) -> Tensor:
+        """What ``module.weight`` is: inside the model's forward and its recomputation, a Use."""
+        recomputes = torch.is_grad_enabled() and backward_runs()
+        if not (recomputes or self._pass.running()):
+            return param
+        if param not in self._device.engine.frames.slots:
+            if param.numel() or param not in self._binding.homes:
+                return param
+            return param.to(self._device.place)
+        with self._lock:
+            if recomputes:
+                self._enter_backward()
+            phase = Phase.BACKWARD if recomputes else Phase.FORWARD
+            view = self._device.engine.serve(phase, param)
+        if param.requires_grad and torch.is_grad_enabled():
+            return Use.apply(param, view, self._gradient_out)  # type: ignore[no-any-return, no-untyped-call]
+        return view
+
+    def _fetch_saved(self, param: nn.Parameter) -> None:
+        with self._lock:
+            self._enter_backward()
+            self._device.engine.serve(Phase.BACKWARD, param)
+
+    # -- backward ---------------------------------------------------------------------------
+
+    def _enter_backward(self) -> None:
+        """The first event of a backward pass: have autograd tell us when it ends."""
+        if self._pass.backward or not backward_runs():
+            return
+        if not self._pass.running():
+            self._device.engine.retire()
+        self._pass.backward = True
+        # As FSDP2 and DDP do: the only way to learn that a pass is over.
+        Variable._execution_engine.queue_callback(self._leave_backward)
+
+    def _leave_backward(self) -> None:
+        with self._lock:
+            self._pass.backward = False
+            if not self._pass.running():  # else a gradient taken within the model's forward
+                self._end_pass()
+                self._host.settle()
+            self._grads.in_flight.clear()
+
+    def _gradient_out(self, param: nn.Parameter, grad: Tensor) -> Tensor:
+        """A gradient leaves the device."""
+        with self._lock:
+            self._enter_backward()
+            self._device.engine.pass_through(grad.numel() * grad.element_size())
+            home = self._binding.homes[param]
+            if param in self._shared and home.family.trained:
+                # Autograd keeps the first gradient of a shared weight until its last use.
+                self._grads.in_flight.take_once(home, home.size_bytes)
+        return to_host(grad, param.dtype)
+
+    def _gradient(self, home: Home) -> tuple[Callable[..., None], Callable[..., None]]:
+        def before(grad: Tensor) -> None:
+            with self._lock:
+                self._enter_backward()
+                self._grads.before(home, grad)
+
+        def after(param: Tensor) -> None:
+            with self._lock:
+                self._grads.after(home)
+
+        return before, after
+
+    # -- passes -----------------------------------------------------------------------------
+
+    def _end_pass(self) -> None:
+        """User code runs from here: no copy of a weight is kept."""
+        self._pass.frame, self._pass.backward = None, False
+        self._device.engine.retire()
+
+    def _push(self, context: Any) -> None:
+        context.__enter__()
+        self._pass.contexts.append(context)
+
+    def _leave_contexts(self) -> None:
+        self._pass.before = None
+        while self._pass.contexts:
+            self._pass.contexts.pop().__exit__(None, None, None)
+
+
+COMPILED = (
+    "torch.compile cannot be used with weights in frames: they are at another address each time, "
+    "which a compiled graph does not see. Call the model uncompiled, or compute where the weights "
+    "are (no device=..., no compute_dtype=...)"
+)
+
+
+class _Pass:
+    """What is under way: a forward pass, a backward pass, and the contexts they run in."""
+
+    def __init__(self) -> None:
+        self.frame: FrameType | None = None  # of the model's call, while it is on the stack
+        self.backward = False
+        self.contexts: list[Any] = []
+        self.before: Before | None = None
+
+    def running(self) -> bool:
+        """Whether the model's forward is on this thread's stack.
+
+        A KeyboardInterrupt skips module hooks, so the stack itself is asked.
+        """
+        if self.frame is None:
+            return False
+        frame = inspect.currentframe()
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
+
+
+def _shared_params(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that several modules hold."""
+    holders: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        for param in module.parameters(recurse=False):
+            holders[param] = holders.get(param, 0) + 1
+    return {p for p, n in holders.items() if n > 1}
+
+
+def move_buffers(model: nn.Module, place: torch.device) -> list[tuple[nn.Module, str]]:
+    """Put buffers on the device, shared ones once; returns which were moved."""
+    moved: list[tuple[nn.Module, str]] = []
+    copies: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != place.type:
+                module._buffers[name] = copies.setdefault(buffer, buffer.to(place))
+                moved.append((module, name))
+    return moved

@@ -1,0 +1,149 @@
+"""How compute gets at weights: an identity in the graph per access, and a dict that makes it.
+
+The parameters themselves stay CPU tensors over their homes, so ``.grad``, hooks, ``autograd.grad``
+and optimizers see what they always saw. What a module reads inside the model's forward pass is
+``Use(param)``: the value from a frame, with a node of its own that leads to the parameter.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload.device import DeviceSpace
+from offload.saved import STALE, Activations, Saved
+
+GradientPath = Callable[[nn.Parameter, Tensor], Tensor]
+
+
+class Use(torch.autograd.Function):
+    """Identity from a parameter to a view of its frame; back, the gradient goes to the host.
+
+    One node per access: a node shared by several uses would add their gradients up in another
+    order than autograd does at the parameter, and change bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, param: nn.Parameter, view: Tensor, home: GradientPath) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.param, ctx.home = param, home
+        return view
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None]:
+        (grad,) = grads
+        return (None if grad is None else ctx.home(ctx.param, grad)), None, None
+
+
+class UseDict(dict[str, Any]):
+    """A module's ``_parameters`` whose values, read by name, go through ``use``.
+
+    Iteration gives the parameters themselves. Copies and pickles are plain dicts: a copy of a
+    managed model is a plain model.
+    """
+
+    def __init__(self, params: dict[str, Any], use: Callable[[nn.Parameter], Tensor]) -> None:
+        super().__init__(params)
+        self._use = use
+
+    def __getitem__(self, name: str) -> Any:
+        param = super().__getitem__(name)
+        return self._use(param) if isinstance(param, nn.Parameter) else param
+
+    def plain(self) -> dict[str, Any]:
+        """The parameters in a dict as torch makes it."""
+        return dict(self.items())
+
+    def __copy__(self) -> dict[str, Any]:
+        return self.plain()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(self.plain(), memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self.plain(),)
+
+
+def attach(model: nn.Module, use: Callable[[nn.Parameter], Tensor]) -> None:
+    """Have every module of a model read its weights through ``use``."""
+    for module in model.modules():
+        if module._parameters:
+            module.__dict__["_parameters"] = UseDict(module._parameters, use)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo ``attach``."""
+    for module in model.modules():
+        if isinstance(module._parameters, UseDict):
+            module.__dict__["_parameters"] = module._parameters.plain()
+
+
+class SavedWeight:
+    """A saved tensor that lies in a frame, as a place that can be found again."""
+
+    __slots__ = ("chunk", "dtype", "offset", "param", "shape", "stride", "version")
+
+    def __init__(self, tensor: Tensor, chunk: int, offset: int, param: nn.Parameter) -> None:
+        self.chunk = chunk
+        self.offset = offset  # in elements of dtype
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        self.dtype = tensor.dtype
+        self.param = param
+        self.version = param._version
+
+    def check(self) -> None:
+        """Raise as torch does when the weight was written to since."""
+        if self.param._version != self.version:
+            raise RuntimeError(
+                STALE.format(
+                    shape=list(self.shape), now=self.param._version, then=self.version
+                )
+            )
+
+
+class SavedInFrames:
+    """The pair of saved-tensor hooks. ``fetch`` makes a saved weight's chunk resident."""
+
+    def __init__(
+        self,
+        space: DeviceSpace,
+        fetch: Callable[[nn.Parameter], None],
+        activations: Activations,
+        running: Callable[[], bool],
+    ) -> None:
+        self._running = running
+        self._space = space
+        self._fetch = fetch
+        self._activations = activations
+
+    def pack(self, tensor: Tensor) -> SavedWeight | Saved:
+        """Autograd saves a tensor."""
+        if not self._running():  # an interrupt left these hooks behind
+            return Saved(tensor, (), None)
+        weight = self._find(tensor) if tensor.numel() else None
+        return weight or Saved(tensor, (), self._activations)
+
+    def unpack(self, saved: SavedWeight | Saved) -> Tensor:
+        """Autograd is about to use it."""
+        if isinstance(saved, Saved):
+            return saved.check()
+        saved.check()
+        self._fetch(saved.param)
+        return self._space.rebuild(
+            saved.chunk, saved.dtype, saved.shape, saved.stride, saved.offset
+        )
+
+    def _find(self, tensor: Tensor) -> SavedWeight | None:
+        chunk = self._space.pool.owner_of(tensor)
+        if chunk is None or tensor.is_conj() or tensor.is_neg():
+            return None  # a lazily conjugated view keeps its frame instead
+        offset = tensor.data_ptr() - tensor.untyped_storage().data_ptr()
+        if offset % tensor.element_size():
+            return None
+        param = self._space.param_at(chunk, offset)
+        return SavedWeight(tensor, chunk, offset // tensor.element_size(), param)

@@ -1,0 +1,487 @@
+"""Weights computed with in frames: same bits as the unwrapped run, on an emulated device.
+
+Frames are poisoned when freed and rotate, copies complete late and out of order, and both the
+arena and the host are too small for the model, so every test runs all three tiers.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import offload
+from offload.config import Tuning
+from offload.device import Device
+from offload.tiers.arena import DeviceArena, PageMemory
+from offload.tiers.frames import Frame
+from offload.tiers.spec import Machine
+
+STEPS = 4
+MACHINE = Machine(2e9, 2e9, 1e9, 1e9, 8e9, 8e9)
+
+
+def tuning(seed: int | None = 5, **changes: Any) -> Tuning:
+    values: dict[str, Any] = {
+        "chunk_bytes": 16384, "device_chunk_bytes": 24 * 1024, "machine": MACHINE,
+        "poison": True, "adversary": seed,
+    }  # fmt: skip
+    return Tuning(**(values | changes))
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def seeded(make: Callable[[], Any]) -> Any:
+    torch.manual_seed(0)
+    return make().train()
+
+
+class Watched:
+    """A wrapped model, and where its chunks went."""
+
+    def __init__(
+        self, model: Any, folder: Path, optimizer: torch.optim.Optimizer | None = None,
+        memory: str = "500KiB", host: str = "500KiB", how: Tuning | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        options = {"device": "emulated", "device_memory": memory} | options
+        offload.wrap(
+            model, optimizer, host_memory=host, disk=folder, tuning=how or tuning(), **options
+        )
+        self.model = model
+        self.optimizer = optimizer
+        self.runtime = offload.runtime(model)
+        self.places: defaultdict[int, list[int]] = defaultdict(list)
+        arena, assign = self.device.engine.frames.pool, self.device.engine.frames.pool.assign
+
+        def note(frame: Frame, owner: int) -> None:
+            self.places[owner].append(frame.address)
+            assign(frame, owner)
+
+        arena.assign = note  # type: ignore[method-assign]
+
+    @property
+    def device(self) -> Device:
+        device = self.runtime.parts.device
+        assert device is not None
+        return device
+
+    def check_tiers(self) -> None:
+        """All three tiers took part: chunks moved between frames, within budgets, from disk."""
+        moved = [len(set(addresses)) for addresses in self.places.values()]
+        assert sum(n > 1 for n in moved) > len(moved) // 2
+        host, device = self.runtime.parts.engine, self.device.engine
+        for ledger in (host.ledger, device.ledger):
+            assert ledger.peak_bytes <= ledger.budget_bytes
+        weights = sum(c.size_bytes for c in device.space.chunks)
+        assert device.ledger.peak_bytes - device.ledger.peak_other_bytes < weights
+        assert host.counters.demand_loads + host.counters.planned_loads > 20
+
+    def close(self) -> None:
+        self.runtime.close()
+        arena = self.device.engine.frames.pool
+        assert arena.total_bytes == arena.viewed_bytes
+
+
+# name, recomputation: least device memory that works, and a little
+MEMORY = {
+    ("llama", "off"): "300KiB",
+}
+
+
+@pytest.mark.parametrize("prefetch", [False, True], ids=["demand", "planned"])
+@pytest.mark.parametrize(("name", "recompute"), MEMORY)
+def test_training_has_the_bits_of_the_unwrapped_run(
+    name: str, recompute: str, prefetch: bool, zoo: Any, tmp_path: Path
+) -> None:
+    plain = zoo.build(name, recompute)
+    reference = zoo.train(name, plain, adamw(plain), steps=STEPS)
+    model = zoo.build(name, recompute)
+    memory = MEMORY[name, recompute]
+    watched = Watched(
+        model, tmp_path, optimizer=adamw(model), memory=memory, how=tuning(prefetch=prefetch)
+    )
+    run = zoo.train(name, model, watched.optimizer, steps=STEPS)
+    assert zoo.same(run, reference)
+    watched.check_tiers()
+    assert bool(watched.device.engine.counters.planned_loads) is prefetch
+    watched.close()
+
+
+def test_real_threads(zoo: Any, tmp_path: Path) -> None:
+    plain = zoo.build("llama")
+    reference = zoo.train("llama", plain, adamw(plain), steps=STEPS)
+    model = zoo.build("llama")
+    watched = Watched(model, tmp_path, optimizer=adamw(model), how=tuning(None))
+    assert zoo.same(zoo.train("llama", model, watched.optimizer, steps=STEPS), reference)
+    watched.check_tiers()
+    watched.close()
+
+
+class Odd(nn.Module):
+    """Weights used in every way that is not ``nn.Linear``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(192, 48)
+        self.first = nn.Parameter(torch.randn(96, 48) / 7)
+        self.second = nn.Parameter(torch.randn(96, 48) / 7)
+        self.frozen = nn.Parameter(torch.randn(48, 48) / 7, requires_grad=False)
+        self.unused = nn.Parameter(torch.randn(3))
+        self.empty = nn.Parameter(torch.randn(0, 4))
+        self.conv = nn.Conv1d(48, 48, 3, padding=1)
+        self.norm = nn.BatchNorm1d(48)
+        self.fail = False
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        x = self.emb(input_ids)
+        x = torch.tanh(x @ self.first.t() @ self.second)
+        x = x @ self.frozen
+        if self.fail:
+            raise ValueError("on purpose")
+        x = self.norm(self.conv(x.transpose(1, 2))).transpose(1, 2)
+        x = checkpoint(self.inner, x, use_reentrant=False)
+        x = torch.tanh(x @ self.first.t() @ self.second)
+        logits = F.linear(x, self.emb.weight)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()) + self.empty.sum()
+
+    def inner(self, x: Tensor) -> Tensor:
+        return x + torch.sigmoid(x @ self.second.t() @ self.first)
+
+
+def live(model: Odd, optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Training with accumulation and an evaluation between forward and backward."""
+    generator = torch.Generator().manual_seed(1)
+    seen: list[Any] = []
+    for i in range(6):
+        ids = torch.randint(0, 192, (2, 12), generator=generator)
+        loss = model(ids, ids)
+        model.eval()
+        with torch.no_grad():
+            seen.append(model(ids, ids))
+        model.train()
+        loss.backward()
+        seen += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        if i % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [*seen, {k: v.clone() for k, v in model.state_dict().items()}]
+
+
+@pytest.mark.parametrize("prefetch", [False, True], ids=["demand", "planned"])
+def test_odd_uses_of_weights(prefetch: bool, zoo: Any, tmp_path: Path) -> None:
+    plain = seeded(Odd)
+    reference = live(plain, adamw(plain))
+    model = seeded(Odd)
+    watched = Watched(
+        model, tmp_path, optimizer=adamw(model), memory="150KiB", host="200KiB",
+        how=tuning(prefetch=prefetch),
+    )  # fmt: skip
+    assert watched.optimizer is not None
+    assert zoo.same(live(model, watched.optimizer), reference)
+    watched.check_tiers()
+    watched.close()
+
+
+def test_exceptions_leave_everything_usable(zoo: Any, tmp_path: Path) -> None:
+    plain = seeded(Odd)
+    reference = live(plain, adamw(plain))
+    model = seeded(Odd)
+    watched = Watched(model, tmp_path, optimizer=adamw(model), memory="150KiB", host="200KiB")
+    ids = torch.ones(2, 12, dtype=torch.long)
+    model.fail = True
+    for _ in range(2):
+        with pytest.raises(ValueError, match="on purpose"):
+            model(ids, ids)
+        assert isinstance(model.first, nn.Parameter)
+    model.fail = False
+    handle = model.frozen.requires_grad_().register_hook(_raise)
+    with pytest.raises(ValueError, match="in a hook"):
+        model(ids, ids).backward()
+    handle.remove()
+    model.frozen.requires_grad_(False)
+    assert isinstance(model.first, nn.Parameter)
+    model.zero_grad()
+    model.norm.reset_running_stats()
+    assert watched.optimizer is not None
+    assert zoo.same(live(model, watched.optimizer), reference)
+    watched.close()
+
+
+def _raise(grad: Tensor) -> None:
+    raise ValueError("in a hook")
+
+
+def test_weights_move_between_forward_and_backward(zoo: Any, tmp_path: Path) -> None:
+    watched = Watched(zoo.build("llama"), tmp_path, how=tuning(prefetch=False))
+    ids = torch.arange(1, 13)[None]
+    loss = watched.model(input_ids=ids, labels=ids).loss
+    before = {c: list(a) for c, a in watched.places.items()}
+    loss.backward()
+    again = [c for c, a in watched.places.items() if len(a) > len(before[c])]
+    assert len(again) > 6
+    assert any(watched.places[c][len(before[c])] != before[c][-1] for c in again)
+    watched.close()
+
+
+class Keeper(nn.Module):
+    """Keeps a view of a weight from inside its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(6))
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept.append(self.layers[0].weight.detach().t())
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_a_view_that_the_user_keeps_stays_what_it_was(tmp_path: Path) -> None:
+    model = seeded(Keeper)
+    watched = Watched(model, tmp_path, memory="120KiB")
+    for _ in range(3):
+        model(torch.ones(2, 64)).sum().backward()
+    assert len({t.data_ptr() for t in model.kept}) == 3
+    for kept in model.kept:
+        assert torch.equal(kept, model.layers[0].weight.t())
+    arena = watched.device.engine.frames.pool
+    assert arena.viewed_bytes > 0
+    model.kept.clear()
+    assert arena.viewed_bytes == 0
+    watched.close()
+
+
+def test_too_many_kept_views_are_refused(tmp_path: Path) -> None:
+    model = seeded(Keeper)
+    watched = Watched(model, tmp_path, memory="120KiB")
+    with pytest.raises(offload.BudgetError, match="device_memory of at least"):
+        for _ in range(20):
+            model(torch.ones(2, 64))
+    model.kept.clear()
+    model(torch.ones(2, 64))
+    watched.close()
+
+
+def test_autograd_grad_and_double_backward(tmp_path: Path) -> None:
+    def gradients(model: Any) -> list[Tensor]:
+        x = torch.linspace(-1, 1, 64).expand(3, 64).clone().requires_grad_()
+        params = [p for p in model.parameters()]
+        first = torch.autograd.grad(model(x).square().sum(), [x, *params])
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        second = torch.autograd.grad(slope.square().sum(), params[:-1], allow_unused=True)
+        return [*first, *(g for g in second if g is not None)]
+
+    reference = gradients(seeded(Keeper))
+    watched = Watched(seeded(Keeper), tmp_path, memory="200KiB")
+    for _ in range(2):
+        found = gradients(watched.model)
+        watched.model.kept.clear()
+        assert len(found) == len(reference)
+        assert all(torch.equal(a, b) for a, b in zip(found, reference, strict=True))
+    assert all(p.grad is None for p in watched.model.parameters())
+    assert watched.runtime.parts.engine.ledger.other_bytes == 0
+    watched.close()
+
+
+def test_hooks_and_gradients_are_on_the_parameters(tmp_path: Path) -> None:
+    model = seeded(Keeper)
+    fired: list[nn.Parameter] = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(fired.append)
+    watched = Watched(model, tmp_path, optimizer=adamw(model), memory="120KiB")
+    model(torch.ones(2, 64)).sum().backward()
+    model.kept.clear()
+    assert {id(p) for p in fired} == {id(p) for p in model.parameters()}
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in fired)
+    watched.close()
+
+
+@pytest.mark.parametrize("how", ["data", "version", "numpy"])
+def test_writes_between_passes_are_honoured(how: str, tmp_path: Path) -> None:
+    def write(p: nn.Parameter) -> None:
+        if how == "data":
+            p.data.mul_(0.5)
+        elif how == "numpy":
+            p.detach().numpy()[...] *= 0.5
+        else:
+            with torch.no_grad():
+                p.mul_(0.5)
+
+    def run(model: Any) -> tuple[list[Tensor], str]:
+        seen, raised = [], ""
+        for _ in range(3):
+            y = model(torch.ones(2, 64))
+            write(model.layers[3].weight)
+            seen.append(y.detach())
+            try:
+                y.sum().backward()
+            except RuntimeError as error:
+                raised = str(error)
+        return seen + [p.grad.clone() for p in model.parameters() if p.grad is not None], raised
+
+    reference, why = run(seeded(Keeper))
+    watched = Watched(seeded(Keeper), tmp_path, memory="200KiB")
+    found, raised = run(watched.model)
+    watched.model.kept.clear()
+    assert len(found) == len(reference)
+    assert all(torch.equal(a, b) for a, b in zip(found, reference, strict=True))
+    assert (
+        ("modified by an inplace operation" in raised) == ("inplace" in why) == (how == "version")
+    )
+    watched.close()
+
+
+def test_replaced_data_is_taken_in_and_conversions_are_refused(tmp_path: Path) -> None:
+    watched = Watched(seeded(Keeper), tmp_path, memory="200KiB")
+    model, x = watched.model, torch.ones(2, 64)
+    model.layers[1].weight.data = torch.zeros(64, 64)
+    assert torch.equal(model(x), _plainly(model, x))
+    model.bfloat16()
+    with pytest.raises(offload.OffloadError, match="compute_dtype"):
+        model(x)
+    watched.close()
+
+
+def _plainly(model: Keeper, x: Tensor) -> Tensor:
+    for layer in model.layers:
+        assert isinstance(layer, nn.Linear)
+        x = torch.tanh(F.linear(x, layer.weight, layer.bias))
+    return x
+
+
+def test_copies_and_pickles_are_plain(tmp_path: Path) -> None:
+    watched = Watched(seeded(Keeper), tmp_path, memory="200KiB")
+    model, x = watched.model, torch.ones(2, 64)
+    expected = model(x)
+    model.kept.clear()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert all(type(m._parameters) is dict for m in twin.modules())
+        assert torch.equal(twin(x), expected)
+        assert all(p.is_leaf for p in twin.parameters())
+    watched.close()
+    assert all(type(m._parameters) is dict for m in model.modules())
+    assert torch.equal(model(x), expected)
+
+
+def as_computed(model: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
+    """The reference of ``compute_dtype``: each access of a parameter is a cast of its own."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        casts = {n: p.to(dtype) for n, p in model.named_parameters(remove_duplicate=False)}
+        args = tuple(_cast(a, dtype) for a in args)
+        return torch.func.functional_call(model, casts, args, kwargs, tie_weights=False)
+
+    return run
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+class Reference(nn.Module):
+    """A model that computes as ``as_computed`` does, for the same training loop."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.inner = model
+        self.run = as_computed(model, dtype)
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.run(**kwargs)
+
+
+@pytest.mark.parametrize("device", ["emulated", None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_compute_dtype_has_the_bits_of_explicit_casts(
+    name: str, dtype: torch.dtype, device: str | None, zoo: Any, tmp_path: Path
+) -> None:
+    plain = Reference(zoo.build(name), dtype)
+    reference = zoo.train(name, plain, adamw(plain), steps=3)
+    model = zoo.build(name)
+    watched = Watched(
+        model, tmp_path, optimizer=adamw(model), memory="250KiB", device=device,
+        host="500KiB" if device else "750KiB", compute_dtype=dtype,
+    )  # fmt: skip
+    run = zoo.train(name, model, watched.optimizer, steps=3)
+    assert all(p.dtype is torch.float32 for p in model.parameters())
+    run["weights"] = {f"inner.{n}": w for n, w in run["weights"].items()}
+    assert zoo.same(run, reference)
+    watched.check_tiers()
+    watched.close()
+
+
+def test_refusals_come_before_anything_moves(zoo: Any, tmp_path: Path) -> None:
+    model = zoo.build("llama")
+    before = {n: p.data_ptr() for n, p in model.named_parameters()}
+
+    def refused(match: str, **options: Any) -> None:
+        options = {"host_memory": "1MiB", "disk": tmp_path} | options
+        with pytest.raises(offload.OffloadError, match=match):
+            offload.wrap(model, **options)
+
+    refused("device tier: .* needs 0.0 MiB", device="emulated", device_memory="20KiB")
+    refused("give bfloat16", compute_dtype=torch.int8)
+    refused("device=mps", device="mps")
+    if not torch.cuda.is_available():
+        refused("sees no CUDA device", device="cuda")
+    assert before == {n: p.data_ptr() for n, p in model.named_parameters()}
+    compiled = torch.compile(model)
+    with pytest.raises(offload.OffloadError, match="compiled"):
+        offload.wrap(compiled, device="emulated", device_memory="1MiB")
+
+
+def test_activations_that_do_not_fit_are_refused_with_the_budget_that_works(
+    zoo: Any, tmp_path: Path
+) -> None:
+    model = zoo.build("llama")
+    watched = Watched(model, tmp_path, memory="160KiB")
+    ids = torch.ones(4, 32, dtype=torch.long)
+    state = torch.get_rng_state()
+    with pytest.raises(offload.BudgetError, match="device tier") as caught:
+        model(input_ids=ids, labels=ids)
+    assert caught.value.smallest_bytes > caught.value.given_bytes == 160 * 1024
+    assert torch.equal(torch.get_rng_state(), state)
+    watched.close()
+
+
+def test_a_frame_is_free_only_when_no_tensor_refers_to_it() -> None:
+    arena = DeviceArena(PageMemory(), poison=True)
+    frame = arena.take(4096)
+    arena.assign(frame, 7)
+    tensor = arena.lend(frame)
+    tensor.fill_(1)
+    view, gone = tensor[8:16].view(torch.float32), weakref.ref(tensor)
+    del tensor
+    assert gone() is None
+    arena.give(frame)
+    assert (arena.idle_bytes, arena.viewed_bytes, arena.total_bytes) == (0, 4096, 4096)
+    other = arena.take(4096)
+    assert other.address != frame.address
+    assert arena.owner_of(view) == 7
+    assert view.view(torch.uint8).tolist() == [1] * 8
+    del view
+    assert arena.viewed_bytes == 0
+    assert arena.idle_bytes == 4096
+    again = arena.take(4096)
+    assert again.address == frame.address
+    assert arena.lend(again).unique().tolist() == [0xFF]
+    arena.give(again)
+    arena.give(other)
+    arena.trim()
+    assert arena.total_bytes == 0
