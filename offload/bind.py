@@ -126,6 +126,7 @@ class Binding:
     def __init__(self, families: Iterable[Family]) -> None:
         self.families = list(families)
         self.homes: dict[nn.Parameter, Home] = {}
+        self.away: set[str] = set()  # names whose data was seen to be elsewhere
         self._grad_owners: dict[int, list[Home]] = {}
         for family in self.families:
             for i, (name, param) in enumerate(zip(family.names, family.params, strict=True)):

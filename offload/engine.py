@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from offload.errors import BudgetError
+from offload.errors import BudgetError, SpillError
 from offload.ledger import Ledger
 from offload.prefetch.plan import Ops
 from offload.prefetch.trace import Access, Need, Phase
@@ -249,8 +249,8 @@ class Engine:
             self._leaving[chunk.id] = chunk
 
     def _finish_leaving(self, chunk: Chunk) -> None:
-        self.space.finish_save(chunk)
         del self._leaving[chunk.id]
+        self._moving(chunk, "written to", lambda: self.space.finish_save(chunk))
         # Outside the update user code (a hook) may have written since: then it is written again.
         if self.phase is not Phase.UPDATE and not self.space.unchanged(chunk):
             chunk.dirty = True
@@ -261,8 +261,11 @@ class Engine:
 
     def _stay(self, chunk: Chunk) -> None:
         """A chunk that was to leave is wanted again: let its write end, keep its pages."""
-        self._waiting("write", lambda: self.space.finish_save(chunk))
         del self._leaving[chunk.id]
+        self._waiting(
+            "write",
+            lambda: self._moving(chunk, "written to", lambda: self.space.finish_save(chunk)),
+        )
 
     def _forget(self, chunk: Chunk, *, dead: bool) -> None:
         self.space.drop(chunk, dead=dead)
@@ -279,8 +282,17 @@ class Engine:
         self.ledger.prepare_frame(chunk.size_bytes, idle=pool.has_idle(chunk.size_bytes))
 
     def _install(self, chunk: Chunk) -> None:
-        self.space.install(chunk, user_code=self.phase is not Phase.UPDATE)
+        user_code = self.phase is not Phase.UPDATE
+        self._moving(
+            chunk, "read from", lambda: self.space.install(chunk, user_code=user_code)
+        )
         self._resident[chunk.id] = None
+
+    def _moving(self, chunk: Chunk, how: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            raise SpillError(f"{chunk.label} could not be {how} the spill file: {error}") from error
 
     def _waiting(self, cause: str, work: Callable[[], T]) -> T:
         """Do something that may block, charging the time to its cause."""

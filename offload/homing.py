@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 
@@ -20,27 +22,29 @@ def adopt_parameter(engine: Engine, home: Home) -> None:
     param.data = target
 
 
-def check_parameters(model: nn.Module, engine: Engine, binding: Binding) -> None:
-    """Before a forward pass: take in data that was replaced, refuse what cannot be taken in.
+def check_parameters(model: nn.Module, binding: Binding) -> None:
+    """Before a forward pass: refuse other Parameters, and say which data is not ours any more.
 
-    Raises OffloadError naming the parameter when it is another Parameter object than was wrapped
-    (``load_state_dict(assign=True)``), or has another dtype or shape (``model.double()``).
+    Raises OffloadError naming a Parameter that was not wrapped (``load_state_dict(assign=True)``).
+    A plain tensor in its place (``functional_call``) and replaced ``.data`` (a swap with averaged
+    weights) are the user's, and are used as they are; what they hold is outside the budget.
     """
     for name, param in model.named_parameters():
         home = binding.homes.get(param)
+        if home is None and not isinstance(param, nn.Parameter):
+            continue
         if home is None:
             raise OffloadError(
                 f"{name} is not the Parameter that was wrapped (load_state_dict(assign=True) or an "
                 "assignment replaced it); load with assign=False, or close the runtime and wrap again"
             )
-        if param.data_ptr() == home.address or not param.numel():
-            continue
-        if param.nbytes != home.size_bytes or param.device.type != "cpu":
-            raise OffloadError(
-                f"{name} now has dtype {param.dtype}, shape {tuple(param.shape)} on {param.device}, "
-                "not what was wrapped; close the runtime, convert, and wrap again"
+        if param.data_ptr() != home.address and param.numel() and home.name not in binding.away:
+            binding.away.add(home.name)
+            print(
+                f"offload: {name} was given other data than its home; it is used as it is, "
+                "outside the budget",
+                file=sys.stderr,
             )
-        adopt_parameter(engine, home)
 
 
 def copy_into(engine: Engine, region: Region, tensor: int, target: Tensor, source: Tensor) -> None:

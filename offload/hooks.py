@@ -117,7 +117,7 @@ class Hooks:
     def _enter_root(self, module: nn.Module, args: object, kwargs: object) -> None:
         self._leave_contexts()  # an interrupt may have skipped the last leave
         self._in_flight.clear()  # nor is a backward pass under way: it may have been cut short
-        check_parameters(module, self._engine, self._binding)
+        check_parameters(module, self._binding)
         kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
         elements = sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
         mode = self._steps.begin(kind)

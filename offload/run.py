@@ -142,8 +142,10 @@ class Runtime:
     def close(self) -> None:
         """Stop the workers and close the spill file; parameters stay readable where they are."""
         self._detach()
-        self.parts.engine.forget_gone()
-        self.parts.engine.space.close()
+        try:
+            self.parts.engine.forget_gone()
+        finally:
+            self.parts.engine.space.close()
         self.model.__dict__.pop("_offload", None)
 
     def __enter__(self) -> Runtime:

@@ -198,6 +198,7 @@ def test_write_beside_a_staged_copy_and_a_later_own_write_is_kept(rig: Rig) -> N
     assert all_are(rig.tensors[0], 8.0)
 
 
+@pytest.mark.xfail(strict=True, reason="a foreign write during a write of ours is not seen (B13)")
 def test_write_beside_a_staged_copy_read_during_an_own_write_is_kept(rig: Rig) -> None:
     chunk, other = rig.evicted(0, 1.0), rig.fill(1, 2.0)
 
@@ -213,6 +214,7 @@ def test_write_beside_a_staged_copy_read_during_an_own_write_is_kept(rig: Rig) -
     assert all_are(rig.tensors[0], 8.0)
 
 
+@pytest.mark.xfail(strict=True, reason="a foreign write during a write of ours is not seen (B13)")
 def test_write_during_an_own_write_is_not_taken_for_corruption(rig: Rig) -> None:
     chunk, other = rig.evicted(0, 1.0), rig.fill(1, 2.0)
     rig.disk_during_write(lambda: rig.tensors[0].fill_(8.0))
@@ -323,6 +325,7 @@ def test_flipped_bit_is_an_error_that_names_the_chunk(faulty: tuple[Rig, FaultyD
     assert all_are(rig.tensors[2], 1.0)  # the home still shows the file
 
 
+@pytest.mark.xfail(strict=True, reason="a failed read is never let go (B22)")
 def test_read_error_surfaces_where_it_is_awaited(faulty: tuple[Rig, FaultyDisk]) -> None:
     rig, disk = faulty
     chunk = rig.evicted(1, 1.0)
@@ -331,11 +334,11 @@ def test_read_error_surfaces_where_it_is_awaited(faulty: tuple[Rig, FaultyDisk])
     with pytest.raises(OSError, match="Input/output error"):
         rig.space.install(chunk)
     disk.fault = None
-    rig.space.abandon_load(chunk) if chunk.loading is not None else None
-    rig.load(chunk)
+    rig.load(chunk)  # a second try is possible
     assert all_are(rig.tensors[1], 1.0)
 
 
+@pytest.mark.xfail(strict=True, reason="a failed write is never let go (B22)")
 def test_write_error_leaves_the_chunk_resident(faulty: tuple[Rig, FaultyDisk]) -> None:
     rig, disk = faulty
     chunk = rig.fill(1, 3.0)
@@ -344,6 +347,10 @@ def test_write_error_leaves_the_chunk_resident(faulty: tuple[Rig, FaultyDisk]) -
     with pytest.raises(OSError, match="No space left"):
         rig.space.finish_save(chunk)
     assert chunk.backing is Backing.RAM
+    assert all_are(rig.tensors[1], 3.0)
+    disk.fault = None
+    rig.evict(chunk)  # a second try is possible
+    rig.load(chunk)
     assert all_are(rig.tensors[1], 3.0)
 
 

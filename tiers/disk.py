@@ -31,7 +31,6 @@ class Disk(Protocol):
     fd: int
     used_bytes: int
     engine: str
-    writes: int  # begun so far by ``write``
 
     def grow(self, size_bytes: int) -> int:
         """Reserve more space; returns its offset. Raises DiskFull."""
@@ -75,7 +74,6 @@ class SpillFile:
         self._direct_fd = _open_direct(path)
         self._last_change_ns = 0
         self._writing = 0
-        self.writes = 0
         self._foreign = False
         self._lock = threading.Lock()
         path.unlink()
@@ -128,7 +126,6 @@ class SpillFile:
         with self._lock:
             self._look()
             self._writing += 1
-            self.writes += 1
         # The checksum comes first: if memory changes meanwhile the file disagrees with it, which
         # the next read reports.
         checksum = int(crc32c(vm.buffer_at(address, size_bytes)))

@@ -13,6 +13,7 @@ sign a differing checksum is corruption, and raises.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable
@@ -54,7 +55,6 @@ class Chunk:
     sparse: bool = False  # read row by row where it lies, hardly ever as a whole
     frame: Frame | None = None  # whose pages are at home, or are being filled
     loading: Ticket | None = None
-    writes_then: int = 0  # writes begun when the load was, to tell whether any ran beside it
     saving: Ticket | None = None
     crc: int = 0
     crc_epoch: int = 0  # the space's epoch when crc was last known to be the file's
@@ -152,7 +152,6 @@ class HomeSpace:
         assert chunk.loading is None
         chunk.frame = self.pool.take(chunk.size_bytes)
         chunk.loading = Ticket(chunk.id)
-        chunk.writes_then = self.disk.writes
         self._look_for_foreign_writes()
         self._loads[chunk.id] = chunk
         self.lanes["read"].submit(chunk.loading, self._reading(chunk), chunk.size_bytes)
@@ -165,16 +164,20 @@ class HomeSpace:
         ticket, frame = chunk.loading, chunk.frame
         assert ticket is not None
         assert frame is not None
-        self.lanes["read"].wait(ticket)
-        self._look_for_foreign_writes()
-        if chunk.loading is not ticket:  # a foreign write was seen: it was read again
-            ticket = chunk.loading
-            assert ticket is not None
+        try:
             self.lanes["read"].wait(ticket)
-        if user_code and self._doubtful(chunk):
-            ticket = self._read_again(chunk)
-        if ticket.result != chunk.crc:
-            self._believe_or_raise(chunk, ticket.result)
+            self._look_for_foreign_writes()
+            if chunk.loading is not ticket:  # a foreign write was seen: it was read again
+                ticket = chunk.loading
+                assert ticket is not None
+                self.lanes["read"].wait(ticket)
+            if (user_code or ticket.result != chunk.crc) and self._touched(chunk, ticket.result):
+                ticket = self._read_again(chunk)
+            if ticket.result != chunk.crc:
+                self._believe_or_raise(chunk, ticket.result)
+        except OSError:
+            self._end_load(chunk)  # the next need tries again
+            raise
         vm.move_pages(frame.address, chunk.address, chunk.size_bytes)
         chunk.backing, chunk.dirty, chunk.loading = Backing.RAM, False, None
         del self._loads[chunk.id]
@@ -205,10 +208,10 @@ class HomeSpace:
 
     def finish_save(self, chunk: Chunk) -> None:
         """Wait for a write; the chunk is then clean."""
-        assert chunk.saving is not None
-        self.lanes["write"].wait(chunk.saving)
-        chunk.crc, chunk.crc_epoch = chunk.saving.result, self._epoch
-        chunk.saving, chunk.dirty = None, False
+        ticket, chunk.saving = chunk.saving, None
+        assert ticket is not None
+        self.lanes["write"].wait(ticket)  # where it failed the chunk stays resident and dirty
+        chunk.crc, chunk.crc_epoch, chunk.dirty = ticket.result, self._epoch, False
 
     def unchanged(self, chunk: Chunk) -> bool:
         """Whether a clean resident chunk still equals the file: nobody wrote to it unseen."""
@@ -237,18 +240,24 @@ class HomeSpace:
     def abandon_load(self, chunk: Chunk) -> None:
         """Give up a prefetched copy that is not wanted after all."""
         assert chunk.loading is not None
+        with contextlib.suppress(OSError):  # whatever came, it is not wanted
+            self.lanes["read"].wait(chunk.loading)
+        self._end_load(chunk)
+
+    def _end_load(self, chunk: Chunk) -> None:
         assert chunk.frame is not None
-        self.lanes["read"].wait(chunk.loading)
         self.pool.give(chunk.frame)
         chunk.loading = chunk.frame = None
         del self._loads[chunk.id]
 
     def close(self) -> None:
         """Stop the lanes and close the file. Homes in the file stay valid while mapped."""
-        for lane in self.lanes.values():
-            lane.close()
-        if self.disk is not None:
-            self.disk.close()
+        try:
+            for lane in self.lanes.values():
+                lane.close()
+        finally:
+            if self.disk is not None:
+                self.disk.close()
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -283,16 +292,17 @@ class HomeSpace:
             self.lanes["read"].wait(chunk.loading)
             self._submit_again(chunk)
 
-    def _doubtful(self, chunk: Chunk) -> bool:
-        """Whether a write through the mapping may hide behind the time of a write of ours.
+    def _touched(self, chunk: Chunk, crc: int) -> bool:
+        """Whether somebody may have written through the mapping behind the staged copy.
 
-        Ours leave nothing in the page cache (they are direct): what is there, somebody touched.
+        The file's time cannot tell while writes of ours are in flight. Those are direct and leave
+        nothing in the page cache: what is there, somebody touched. Buffered I/O leaves all of it
+        there, so then the mapping itself is compared.
         """
-        disk = self.disk
-        assert disk is not None
-        return disk.writes != chunk.writes_then and (
-            disk.engine == "buffered" or vm.any_cached(chunk.address, chunk.size_bytes)
-        )
+        assert self.disk is not None
+        if self.disk.engine == "buffered":
+            return int(crc32c(vm.buffer_at(chunk.address, chunk.size_bytes))) != crc
+        return vm.any_cached(chunk.address, chunk.size_bytes)
 
     def _read_again(self, chunk: Chunk) -> Ticket:
         self._epoch += 1  # so that whatever comes is believed
