@@ -120,7 +120,8 @@ class DeviceSpace:
         self.pool.assign(frame, chunk.id)
         upload = Upload(Mark(self.pool.memory.vacant(frame.address)))
         dtype = self.slots[source.params[0]].dtype
-        target = self.pool.memory.over(frame.address, frame.size_bytes, None).view(dtype)
+        with torch.inference_mode(False):  # the worker that writes to it is in no such mode
+            target = self.pool.memory.over(frame.address, frame.size_bytes, None).view(dtype)
         chunk.frame = frame
         versions = tuple(p._version for p in source.params)
         self._uploads[chunk.id] = upload, versions
@@ -174,8 +175,9 @@ class DeviceSpace:
         """A tensor over a resident chunk; ``offset`` in elements of ``dtype``."""
         frame = self.chunks[chunk].frame
         assert frame is not None
-        flat = self.pool.lend(frame)[: frame.size_bytes // dtype.itemsize * dtype.itemsize]
-        return torch.as_strided(flat.view(dtype), shape, stride, offset).detach()
+        with torch.inference_mode(False):
+            flat = self.pool.lend(frame)[: frame.size_bytes // dtype.itemsize * dtype.itemsize]
+            return torch.as_strided(flat.view(dtype), shape, stride, offset).detach()
 
     def outdated(self, param: nn.Parameter) -> bool:
         """Whether the parameter was written to after its copy was begun."""
@@ -184,12 +186,6 @@ class DeviceSpace:
         if known is None:
             return False
         return known[1][slot.index] != param._version
-
-    def home_dtypes(self) -> Iterator[tuple[nn.Parameter, torch.dtype]]:
-        """Every parameter and what it was when it was adopted."""
-        for source in self._sources:
-            for param in source.params:
-                yield param, source.dtype
 
     def param_at(self, chunk: int, offset_bytes: int) -> nn.Parameter:
         """The parameter whose elements stand at this offset of a chunk."""
@@ -204,7 +200,7 @@ class DeviceSpace:
         """Stop the lane and free the frames that nobody views."""
         for lane in self.lanes.values():
             lane.close()
-        self.pool.trim()
+        self.pool.close()
 
     # -- inside -----------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from offload.bind import Binding, Home
-from offload.device import Device
+from offload.device import Device, frame_dtype
 from offload.engine import Engine
 from offload.errors import OffloadError
 from offload.guard import AllocationGuard
@@ -31,7 +31,7 @@ from offload.hooks import _caller_of_hooks as caller_of_hooks
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations
 from offload.steps import Kind, Mode, Steps
-from offload.tiers.copy import to_host
+from offload.tiers.copy import deliver
 from offload.use import SavedInFrames, Use, attach, detach
 
 
@@ -136,7 +136,7 @@ class DeviceHooks:
         with self._lock:
             self._leave_contexts()  # an interrupt may have skipped the last leave
             self._end_pass()
-            self._check_homes()
+            check_parameters(self._model, self._binding)
             kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
             modes = [steps.begin(kind) for steps in self._levels]
         if kind is Kind.TRAIN:
@@ -165,17 +165,6 @@ class DeviceHooks:
         floating = x.is_floating_point()
         return x.to(self._device.place, self._device.dtype if floating else None)
 
-    def _check_homes(self) -> None:
-        """Take in ``.data`` that was replaced; refuse what has become something else."""
-        for param, dtype in self._device.engine.frames.home_dtypes():
-            if param.dtype != dtype or param.device.type != "cpu":
-                raise OffloadError(
-                    f"{self._binding.homes[param].name} is now {param.dtype} on {param.device}: a "
-                    "managed model cannot be moved or converted with .to(), .half() or .cuda(); do "
-                    "that before offload.wrap, or give wrap device=... and compute_dtype=..."
-                )
-        check_parameters(self._model, self._host, self._binding)
-
     def _foresee(self, size_bytes: int, operation: str) -> None:
         engine = self._device.engine
         try:
@@ -193,15 +182,18 @@ class DeviceHooks:
         recomputes = torch.is_grad_enabled() and backward_runs()
         if not (recomputes or self._pass.running()):
             return param
-        if param not in self._device.engine.frames.slots:
-            if param.numel() or param not in self._binding.homes:
-                return param
-            return param.to(self._device.place)
-        with self._lock:
-            if recomputes:
-                self._enter_backward()
-            phase = Phase.BACKWARD if recomputes else Phase.FORWARD
-            view = self._device.engine.serve(phase, param)
+        home = self._binding.homes.get(param)
+        if home is None:
+            return param
+        if param.data_ptr() != home.address or not param.numel():
+            dtype = frame_dtype(param.dtype, self._device.dtype)
+            view = param.detach().to(self._device.place, dtype)
+        else:
+            with self._lock:
+                if recomputes:
+                    self._enter_backward()
+                phase = Phase.BACKWARD if recomputes else Phase.FORWARD
+                view = self._device.engine.serve(phase, param)
         if param.requires_grad and torch.is_grad_enabled():
             return Use.apply(param, view, self._gradient_out)  # type: ignore[no-any-return, no-untyped-call]
         return view
@@ -240,7 +232,7 @@ class DeviceHooks:
             if param in self._shared and home.family.trained:
                 # Autograd keeps the first gradient of a shared weight until its last use.
                 self._grads.in_flight.take_once(home, home.size_bytes)
-        return to_host(grad, param.dtype)
+        return deliver(grad, param)
 
     def _gradient(self, home: Home) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(grad: Tensor) -> None:

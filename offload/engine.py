@@ -7,6 +7,7 @@ one thread; lane workers only move bytes.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -103,8 +104,10 @@ class Engine:
         if chunk.id in self._leaving:
             self._stay(chunk)
         if chunk.loading is not None:
-            self._waiting("read", lambda: self._install(chunk))
-        elif chunk.backing is Backing.FILE and access is not Access.FRESH:
+            # Where reading ahead failed the fault may have passed: it is read again, on demand.
+            with contextlib.suppress(SpillError):
+                self._waiting("read", lambda: self._install(chunk))
+        if chunk.backing is Backing.FILE and access is not Access.FRESH:
             self._make_room(chunk.size_bytes, keep)
             self.counters.demand_loads += 1
             self._start_load(chunk)

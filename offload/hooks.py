@@ -6,7 +6,8 @@ Copies and pickles of a hooked model carry inert hooks: a deep copy is a plain m
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.bind import Binding, Home
 from offload.engine import Engine
-from offload.errors import OffloadError
+from offload.errors import BudgetError, OffloadError
 from offload.homing import check_parameters
 from offload.guard import AllocationGuard
 from offload.prefetch.trace import Access, Need, Phase
@@ -66,7 +67,7 @@ class Hooks:
         self._frame: FrameType | None = None
         self._in_backward = False
         self._before: Before | None = None
-        activations = Activations(engine.take_other, engine.ledger.give_other)
+        activations = Activations(self._take_activation, engine.ledger.give_other)
         self._shared = _shared_homes(model, binding)
         self._in_flight = InFlight(engine)
         engine.largest_gradient_bytes = max(
@@ -160,18 +161,29 @@ class Hooks:
     def _unit(self, needs: tuple[Need, ...]) -> Callable[..., None]:
         def enter(module: nn.Module, args: object) -> None:
             phase = Phase.BACKWARD if self._in_backward else Phase.FORWARD
-            self._engine.need(phase, needs)
+            with self._undone_if_refused():
+                self._engine.need(phase, needs)
 
         return enter
 
-    def _foresee(self, size_bytes: int, operation: str) -> None:
-        engine = self._engine
+    def _take_activation(self, size_bytes: int, what: str) -> None:
+        with self._undone_if_refused():
+            self._engine.take_other(size_bytes, what)
+
+    @contextmanager
+    def _undone_if_refused(self) -> Iterator[None]:
+        """A refused forward pass leaves random state and buffers as they were."""
         try:
-            engine.make_room_for(size_bytes, f"the result of {operation}")
-        except OffloadError:
+            yield
+        except BudgetError:
             if self._before is not None:
                 self._before.restore()
             raise
+
+    def _foresee(self, size_bytes: int, operation: str) -> None:
+        engine = self._engine
+        with self._undone_if_refused():
+            engine.make_room_for(size_bytes, f"the result of {operation}")
         if engine.recorder is not None:
             engine.recorder.see_other(engine.ledger.other_bytes + size_bytes)
 
@@ -321,12 +333,12 @@ def settle_gradient(engine: Engine, binding: Binding, home: Home) -> None:
         return
     if home.grad_is_held:  # the user kept last step's tensor or a view: the home is taken
         return
+    # A chunk of cleared gradients need not be read. Decided before the new tensor makes it live.
+    access = {c: Access.FRESH if binding.is_dead(c) else Access.WRITE for c in home.grad_chunks}
     target = home.new_grad()
     split = len(home.grad_chunks) > 1 and target.is_contiguous() and made.is_contiguous()
     groups = [(c,) for c in home.grad_chunks] if split else [home.grad_chunks]
     start = region.layout.starts[home.index]
-    # A chunk of cleared gradients need not be read. Decided before `.grad` makes it live.
-    access = {c: Access.FRESH if binding.is_dead(c) else Access.WRITE for c in home.grad_chunks}
     home.param.grad = target
     for group in groups:
         engine.need(Phase.BACKWARD, tuple(Need(c, access[c]) for c in group))

@@ -16,6 +16,7 @@ class Ledger:
         self.budget_bytes = budget_bytes
         self.fixed_bytes = fixed_bytes
         self.other_bytes = 0
+        self.held_bytes = 0  # foreseen, not debited yet
         self.peak_bytes = 0
         self.peak_other_bytes = 0
         self._pool = pool
@@ -44,11 +45,13 @@ class Ledger:
     def hold(self, size_bytes: int) -> None:
         """Free idle frames so that this much can appear before it is debited."""
         self._trim(size_bytes)
+        self.held_bytes = size_bytes
 
     def take_other(self, size_bytes: int) -> None:
         """Debit memory that is not chunks. There must be room."""
         self._trim(size_bytes)
         self.other_bytes += size_bytes
+        self.held_bytes = max(self.held_bytes - size_bytes, 0)
         self.peak_other_bytes = max(self.peak_other_bytes, self.other_bytes)
         self.see()
 

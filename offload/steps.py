@@ -67,7 +67,7 @@ class Steps:
     def __init__(
         self, engine: Engine, plan_for: Planner | None, *, may_fit: bool = True
     ) -> None:
-        self.watch = Watch(lambda: engine.ledger.used_bytes)
+        self.watch = Watch(lambda: engine.ledger.used_bytes + engine.ledger.held_bytes)
         self._may_fit = may_fit
         self.tracks = {kind: Track() for kind in Kind}
         self.current: Kind | None = None

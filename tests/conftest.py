@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 import offload
@@ -122,6 +122,12 @@ class Workload:
     batch: Callable[[torch.Generator], dict[str, Tensor]]
 
 
+def as_module(model: Any) -> nn.Module:
+    """A type for what comes from an untyped library."""
+    assert isinstance(model, nn.Module)
+    return model
+
+
 def _tokens(generator: torch.Generator) -> dict[str, Tensor]:
     x = torch.randint(0, 192, (2, 12), generator=generator)
     return {"input_ids": x, "labels": x}
@@ -130,22 +136,26 @@ def _tokens(generator: torch.Generator) -> dict[str, Tensor]:
 def _gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=192, n_embd=48, n_layer=3, n_head=4, n_positions=32,
-            bos_token_id=0, eos_token_id=0,
-        )  # fmt: skip
-    )
+    return as_module(
+        GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=192, n_embd=48, n_layer=3, n_head=4, n_positions=32, bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
+    )  # fmt: skip
 
 
 def _llama(*, tied: bool) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=192, hidden_size=64, intermediate_size=112, num_hidden_layers=3,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-            tie_word_embeddings=tied,
+    return as_module(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=192, hidden_size=64, intermediate_size=112, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+                tie_word_embeddings=tied,
+            )
         )
     )  # fmt: skip
 
@@ -153,10 +163,12 @@ def _llama(*, tied: bool) -> nn.Module:
 def _t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=192, d_model=48, d_kv=12, d_ff=96, num_layers=2, num_heads=4,
-            decoder_start_token_id=0,
+    return as_module(
+        T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=192, d_model=48, d_kv=12, d_ff=96, num_layers=2, num_heads=4,
+                decoder_start_token_id=0,
+            )
         )
     )  # fmt: skip
 
@@ -164,10 +176,12 @@ def _t5() -> nn.Module:
 def _vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96,
-            image_size=16, patch_size=8, num_labels=5, hidden_dropout_prob=0.1,
+    return as_module(
+        ViTForImageClassification(
+            ViTConfig(
+                hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96,
+                image_size=16, patch_size=8, num_labels=5, hidden_dropout_prob=0.1,
+            )
         )
     )  # fmt: skip
 
@@ -182,11 +196,13 @@ def _images(generator: torch.Generator) -> dict[str, Tensor]:
 def _mixtral() -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=192, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
-            num_experts_per_tok=2, max_position_embeddings=32, output_router_logits=True,
+    return as_module(
+        MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=192, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+                num_experts_per_tok=2, max_position_embeddings=32, output_router_logits=True,
+            )
         )
     )  # fmt: skip
 
@@ -201,12 +217,6 @@ ZOO = {
 }
 
 
-class Checkpointing:
-    """How activations are recomputed: not at all, or one of torch's two modes."""
-
-    OFF, REENTRANT, PLAIN = "off", "reentrant", "non-reentrant"
-
-
 @dataclass
 class Zoo:
     """Builds and trains the models of `ZOO`."""
@@ -216,12 +226,12 @@ class Zoo:
         """Equality of nested results, bit for bit."""
         return same(a, b)
 
-    def build(self, name: str, checkpointing: str = Checkpointing.OFF) -> nn.Module:
-        """A seeded model in training mode."""
+    def build(self, name: str, checkpointing: str = "off") -> nn.Module:
+        """A seeded model in training mode. ``checkpointing``: off, reentrant, non-reentrant."""
         torch.manual_seed(11)
         model = ZOO[name].build().train()
-        if checkpointing != Checkpointing.OFF:
-            reentrant = checkpointing == Checkpointing.REENTRANT
+        if checkpointing != "off":
+            reentrant = checkpointing == "reentrant"
             old: Any = getattr(model, "gradient_checkpointing_enable", None)  # before 5.23
             enable: Any = getattr(model, "activation_checkpointing_enable", old)
             enable({"use_reentrant": reentrant})
@@ -327,7 +337,7 @@ class Life:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(rows, 64, generator=generator)
         y = torch.randint(0, 8, (rows,), generator=generator)
-        return F.cross_entropy(self.model(x), y)
+        return cross_entropy(self.model(x), y)
 
     def steps(self, count: int = 3, seed: int = 0) -> None:
         """Ordinary training steps, noting the losses."""
@@ -395,9 +405,7 @@ class Twins:
             assert same(a, b), f"note {i}: {a} without, {b} with offload"
         assert same(plain.model.state_dict(), managed.model.state_dict())
         assert same([p.grad for p in plain.params], [p.grad for p in managed.params])
-        assert same(
-            plain.optimizer.state_dict()["state"], managed.optimizer.state_dict()["state"]
-        )
+        assert same(plain.optimizer.state_dict()["state"], managed.optimizer.state_dict()["state"])
 
 
 @pytest.fixture(params=list(MODES))

@@ -6,19 +6,14 @@ on demand and with transfers that complete out of order; all that it saw must be
 
 from __future__ import annotations
 
-import copy
-import io
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import offload
-from offload.errors import OffloadError
-
 if TYPE_CHECKING:
-    from tests.conftest import Life, Manager, Twins
+    from tests.conftest import Life, Twins
 
 
 def backward(loss: Tensor, **options: Any) -> None:
@@ -69,7 +64,7 @@ def test_all_is_readable_and_writable_in_hooks(twins: Twins) -> None:
                         p.grad.mul_(0.99)
 
         for p in params[::2]:
-            p.register_post_accumulate_grad_hook(touch)
+            p.register_post_accumulate_grad_hook(touch)  # type: ignore[no-untyped-call]
         life.model.get_submodule("6").register_forward_hook(touch)
         life.model.get_submodule("8").register_full_backward_hook(touch)
         life.optimizer.register_step_post_hook(touch)
@@ -84,7 +79,7 @@ def test_all_is_readable_and_writable_in_hooks(twins: Twins) -> None:
 def test_every_kind_of_write_is_honoured(twins: Twins) -> None:
     def live(life: Life) -> None:
         params = life.params
-        arrays = [p.detach().numpy() for p in params]
+        arrays: list[Any] = [p.detach().numpy() for p in params]
         views = [p.data.view(-1)[::2] for p in params]
 
         def write(seed: int) -> None:
@@ -113,7 +108,7 @@ def test_every_kind_of_write_is_honoured(twins: Twins) -> None:
                 for value in life.optimizer.state[p].values():
                     value.data.mul_(0.9) if value.dim() else None
             life.optimizer.zero_grad()
-            life.note(loss, arrays and [torch.from_numpy(a) for a in arrays], views)
+            life.note(loss, [torch.from_numpy(a) for a in arrays], views)
 
     twins(live)
 
@@ -133,7 +128,7 @@ def test_gradients_that_the_user_keeps(twins: Twins) -> None:
         life.steps(2)
         backward(life.loss(5))
         kept = [p.grad for p in life.params]
-        arrays = [g.numpy() for g in kept if g is not None]
+        arrays: list[Any] = [g.numpy() for g in kept if g is not None]
         life.optimizer.step()
         life.optimizer.zero_grad()
         life.evict()
@@ -171,7 +166,7 @@ def test_gradient_put_aside_and_added_back(twins: Twins) -> None:
 def test_gradients_in_a_buffer_of_the_users(twins: Twins) -> None:
     def live(life: Life) -> None:
         flat = torch.zeros(sum(p.numel() for p in life.params))
-        parts = flat.split([p.numel() for p in life.params])
+        parts = torch.split(flat, [p.numel() for p in life.params])
         for p, part in zip(life.params, parts, strict=True):
             p.grad = part.view_as(p)
         for seed in range(3):
@@ -196,7 +191,6 @@ def test_zero_grad_in_place(twins: Twins) -> None:
     twins(live)
 
 
-@pytest.mark.xfail(strict=True, reason="a tensor assigned to .data is copied and let go (B21)")
 def test_replaced_data(twins: Twins) -> None:
     def live(life: Life) -> None:
         life.steps(3)
@@ -211,7 +205,6 @@ def test_replaced_data(twins: Twins) -> None:
     twins(live, host_bytes=2**20)
 
 
-@pytest.mark.xfail(strict=True, reason="the swapped-out home is overwritten (B21)")
 def test_swapping_weights_for_an_evaluation(twins: Twins) -> None:
     def live(life: Life) -> None:
         average = [p.detach().clone() for p in life.params]
@@ -250,12 +243,12 @@ def test_backward_twice_and_stale_graph(twins: Twins) -> None:
 
 def test_activation_changed_in_place_raises(twins: Twins) -> None:
     def live(life: Life) -> None:
-        h = life.model.get_submodule("8").register_forward_hook(lambda m, a, out: out.mul_(2.0))
-        handle = life.model.get_submodule("9").register_forward_hook(lambda m, a, out: out.mul_(2.0))
+        layers = [life.model.get_submodule(name) for name in ("8", "9")]
+        hooks = [m.register_forward_hook(lambda m, a, out: out.mul_(2.0)) for m in layers]
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             backward(life.loss(0))
-        h.remove()
-        handle.remove()
+        for hook in hooks:
+            hook.remove()
         life.optimizer.zero_grad()
         life.steps(2)
 
@@ -303,7 +296,6 @@ def test_graph_that_is_dropped_is_freed(twins: Twins) -> None:
     twins(live)
 
 
-@pytest.mark.xfail(strict=True, reason="functional_call is refused (B20)")
 def test_functional_call_with_other_weights(twins: Twins) -> None:
     def live(life: Life) -> None:
         for seed in range(3):
@@ -318,99 +310,18 @@ def test_functional_call_with_other_weights(twins: Twins) -> None:
     twins(live, host_bytes=2**20)
 
 
-# -- copies and files -------------------------------------------------------------------------
-
-
-def test_deepcopy_is_a_plain_model(twins: Twins) -> None:
-    def live(life: Life) -> None:
-        life.steps(2)
-        life.evict()
-        twin = copy.deepcopy(life.model)
-        optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2)
-        if life.run is not None:
-            with pytest.raises(OffloadError, match="not managed"):
-                offload.runtime(twin)
-        mine, life.model, life.optimizer = (life.model, life.optimizer), twin, optimizer
-        life.steps(2)
-        life.model, life.optimizer = mine
-        life.steps(2)
-
-    twins(live)
-
-
-def test_copy_can_be_managed_too(manage: Manager, twins: Twins) -> None:
-    def live(life: Life) -> None:
-        life.steps(2)
-        twin = copy.deepcopy(life.model)
-        optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2)
-        if life.run is not None:
-            manage(twin, optimizer, host_bytes=2**20)
-        life.model, life.optimizer = twin, optimizer
-        life.steps(2)
-
-    def build() -> nn.Module:
-        return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8))
-
-    torch.manual_seed(0)
-    plain, managed = (twins.start(build, torch.optim.AdamW) for _ in range(2))
-    managed.model.load_state_dict(plain.model.state_dict())
-    live(plain)
-    torch.manual_seed(4)
-    managed.run = manage(managed.model, managed.optimizer, host_bytes=2**20)
-    live(managed)
-    twins.compare(plain, managed)
-
-
-def test_files_have_the_models_size_and_bits(twins: Twins) -> None:
-    def live(life: Life) -> None:
-        life.steps(2)
-        life.evict()
-        for value in (life.model, life.model.state_dict(), life.optimizer.state_dict()):
-            file = io.BytesIO()
-            torch.save(value, file)
-            tensors = life.params if value is not life.optimizer else life.params * 2
-            size = sum(p.nbytes for p in tensors)
-            assert file.tell() < 2.2 * size + 64 * 1024
-            file.seek(0)
-            loaded = torch.load(file, weights_only=False)
-            life.note(loaded.state_dict() if isinstance(loaded, nn.Module) else loaded)
-        file = io.BytesIO()
-        torch.save(life.params[0], file)
-        assert file.tell() < life.params[0].nbytes + 8 * 1024
-
-    twins(live)
-
-
-def test_load_state_dict_of_both_in_mid_run(twins: Twins) -> None:
-    def live(life: Life) -> None:
-        life.steps(2)
-        weights = {k: v.clone() for k, v in life.model.state_dict().items()}
-        state = copy.deepcopy(life.optimizer.state_dict())
-        life.steps(3)
-        life.evict()
-        life.model.load_state_dict(weights)
-        life.optimizer.load_state_dict(state)
-        life.steps(3)
-
-    twins(live)
-
-
-def test_assign_true_is_refused_by_name(manage: Manager, twins: Twins) -> None:
-    life = twins.start(lambda: nn.Linear(64, 8), torch.optim.AdamW)
-    manage(life.model, life.optimizer)
-    life.steps(1)
-    life.model.load_state_dict(nn.Linear(64, 8).state_dict(), assign=True)
-    with pytest.raises(OffloadError, match=r"weight is not the Parameter that was wrapped.*again"):
-        life.steps(1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtype_is_refused_by_name(manage: Manager, twins: Twins, dtype: torch.dtype) -> None:
-    life = twins.start(lambda: nn.Linear(64, 8), torch.optim.AdamW)
-    run = manage(life.model, life.optimizer)
-    life.steps(1)
-    life.model.to(dtype)
-    with pytest.raises(OffloadError, match=r"weight now has dtype .*wrap again"):
-        life.model(torch.ones(1, 64, dtype=dtype))
-    run.close()
-    assert life.model(torch.ones(1, 64, dtype=dtype)).dtype == dtype
+def test_other_dtype_in_mid_run(twins: Twins, dtype: torch.dtype) -> None:
+    def live(life: Life) -> None:
+        life.steps(2)
+        life.model.to(dtype)
+        for seed in range(3):
+            x = torch.randn(4, 64, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+            backward(life.model(x).square().mean())
+            life.note([p.grad for p in life.params])
+            life.optimizer.step()
+            life.optimizer.zero_grad()
+
+    twins(
+        live, build_optimizer=lambda params: torch.optim.SGD(params, lr=0.1), host_bytes=2**21
+    )  # fmt: skip

@@ -148,6 +148,7 @@ class DeviceArena(FramePool):
         self._views: Counter[int] = Counter()  # address -> leases alive
         self._ended: deque[int] = deque()  # appended to by finalizers, on any thread
         self._waiting: dict[int, Frame] = {}  # given back, still viewed
+        self._closed = False
 
     def take(self, size_bytes: int) -> Frame:
         """An idle frame of exactly this size, or a new one."""
@@ -181,7 +182,7 @@ class DeviceArena(FramePool):
         token = _Token()
         address = frame.address
         self._views[address] += 1
-        weakref.finalize(token, self._ended.append, address).atexit = False
+        weakref.finalize(token, self._end, address).atexit = False
         return self.memory.over(address, frame.size_bytes, token)
 
     def viewed(self, frame: Frame) -> bool:
@@ -200,16 +201,30 @@ class DeviceArena(FramePool):
                 if frame is not None:
                     self._rest(frame)
 
+    def close(self) -> None:
+        """Free every frame, those that are still viewed as soon as they are not."""
+        self._closed = True
+        self.collect()
+        self.trim()
+
     @property
     def viewed_bytes(self) -> int:
         """Bytes that were given back but cannot be reused yet."""
         self.collect()
         return sum(f.size_bytes for f in self._waiting.values())
 
+    def _end(self, address: int) -> None:
+        """A lease has ended, on whichever thread; its owner looks when it next needs room."""
+        self._ended.append(address)
+        if self._closed:
+            self.collect()
+            self.trim()
+
     def _rest(self, frame: Frame) -> None:
         self._owners.pop(frame.address, None)
         if self._poison:
-            self.memory.over(frame.address, frame.size_bytes, None).fill_(POISON_BYTE)
+            with torch.inference_mode(False):
+                self.memory.over(frame.address, frame.size_bytes, None).fill_(POISON_BYTE)
         self.memory.retire(frame.address)
         self._idle[frame.size_bytes].append(frame)
         self.idle_bytes += frame.size_bytes

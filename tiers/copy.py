@@ -121,13 +121,13 @@ def _pinned(size_bytes: int) -> Tensor:
     return torch.frombuffer(vm.buffer_at(address, size_bytes), dtype=torch.uint8)
 
 
-def to_host(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient as the CPU parameter wants it. Differentiable. Waits for the device.
+def deliver(grad: Tensor, param: Tensor) -> Tensor:
+    """A gradient as its parameter wants it. Differentiable. Waits for the device.
 
     Autograd adds it up on the CPU as soon as it is returned, so there is nothing to put off. It
     crosses the bus in the narrow type and is widened on the host.
     """
-    return grad.to("cpu").to(dtype)
+    return grad.to(param.device).to(param.dtype)
 
 
 @dataclass(slots=True, eq=False)
