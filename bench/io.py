@@ -109,8 +109,10 @@ def report(rounds: list[dict[str, dict[str, float]]]) -> None:
         print(f"{engine:12}" + "".join(f"{medians[engine][k] / 1e9:13.2f}" for k in KEYS))
     print(f"{'ours/best':12}" + "".join(f"{ratios[k]:13.2f}" for k in KEYS)
           + f"   both together {ratios['mixed_total']:.2f}")  # fmt: skip
-    line = {"bench": "io", "medians": medians, "ratios": ratios, "rounds": len(rounds),
-            "block_bytes": BLOCK_BYTES, "queue": WORKERS, "command": " ".join(sys.argv)}  # fmt: skip
+    line = {
+        "bench": "io", "medians": medians, "ratios": ratios, "rounds": len(rounds),
+        "block_bytes": BLOCK_BYTES, "queue": WORKERS, "command": " ".join(sys.argv),
+    }  # fmt: skip
     out = Path(__file__).parent / "results" / "io.jsonl"
     with out.open("a") as file:
         file.write(json.dumps(line) + "\n")

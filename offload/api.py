@@ -134,7 +134,7 @@ def init(
 def from_pretrained(
     path_or_id: str | os.PathLike[str],
     *,
-    model_class: type | None = None,
+    model_class: Any = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     device_memory: Size | None = None,
@@ -247,9 +247,9 @@ def _build(
     for home in binding.homes.values():
         adopt_parameter(engine, home)
     engine.settle()
-    return Parts(engine, binding, Steps(
-        engine, _planner(engine, given, tuning), may_fit=not tuning.keep_hooks and given.place is None
-    ))
+    may_fit = not tuning.keep_hooks and given.place is None
+    steps = Steps(engine, _planner(engine, given, tuning), may_fit=may_fit)
+    return Parts(engine, binding, steps)
 
 
 def _attach(run: Runtime, learnt: OptimizerProfile | None, max_grad_norm: float | None) -> None:
@@ -339,7 +339,8 @@ def _refuse_hopeless(model: nn.Module, given: Given, chunk_bytes: int, copies: i
     """Refuse budgets that no plan can meet, before anything is allocated."""
     if given.disk is None:
         return
-    largest = max(((p.numel() * p.element_size(), n) for n, p in model.named_parameters()), default=(0, ""))
+    sizes = ((p.numel() * p.element_size(), n) for n, p in model.named_parameters())
+    largest = max(sizes, default=(0, ""))
     least = max(largest[0] + chunk_bytes, copies * chunk_bytes)
     if given.budget.host_bytes < least:
         what = f"{largest[1]} ({format_size(largest[0])}), or one update of {copies} chunks,"

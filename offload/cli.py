@@ -98,8 +98,8 @@ def probe(
     """Measure the disk (each direction and both at once) and host copies; remember the result."""
     import json
 
-    from offload.tiers.probe import remembered_at, remember
     from offload.tiers.probe import probe as measure
+    from offload.tiers.probe import remember, remembered_at
 
     folder = Path(disk).expanduser()
     machine = measure(folder)

@@ -78,12 +78,13 @@ def understand(
 def free_memory_bytes() -> int:
     """Memory this process may still take: the least of the machine's and its cgroup's."""
     free = int(psutil.virtual_memory().available)
+    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
     for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):  # fmt: skip
+        (v2 / "memory.max", v2 / "memory.current"),
+        (v1 / "memory.limit_in_bytes", v1 / "memory.usage_in_bytes"),
+    ):
         try:
-            left = int(Path(limit).read_text()) - int(Path(usage).read_text())
+            left = int(limit.read_text()) - int(usage.read_text())
         except (OSError, ValueError):
             continue
         free = min(free, max(left, 0))

@@ -15,6 +15,7 @@ when the next one begins. Within a pass a write is seen by the parameter's versi
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -170,7 +171,12 @@ class DeviceSpace:
         return self.rebuild(slot.chunk, slot.dtype, slot.shape, slot.stride, slot.offset)
 
     def rebuild(
-        self, chunk: int, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], offset: int
+        self,
+        chunk: int,
+        dtype: torch.dtype,
+        shape: torch.Size,
+        stride: tuple[int, ...],
+        offset: int,
     ) -> Tensor:
         """A tensor over a resident chunk; ``offset`` in elements of ``dtype``."""
         frame = self.chunks[chunk].frame
@@ -259,11 +265,12 @@ class DeviceEngine(Engine):
         # DeviceSpace has all that Engine asks of a HomeSpace without a disk below.
         super().__init__(cast(HomeSpace, space), ledger)
         self.frames = space
+        self.given_back: deque[int] = deque()  # bytes of activations; any thread may append
         self._owed: set[int] = set()
 
     def need(self, phase: Phase, needs: tuple[Need, ...]) -> None:
         self.frames.phase = phase
-        self.frames.pool.collect()
+        self._collect()
         if self._owed:
             self._queue_again()
         super().need(phase, needs)
@@ -314,9 +321,19 @@ class DeviceEngine(Engine):
         else:
             self._forget(chunk, dead=False)
 
-    def _make_room(self, size_bytes: int, keep: set[int], what: str = "a weight") -> None:
+    def _collect(self) -> None:
+        """Notice what was let go of, perhaps on another thread: views and activations."""
         self.frames.pool.collect()
-        super()._make_room(size_bytes, keep, what)
+        while self.given_back:
+            self.ledger.give_other(self.given_back.popleft())
+
+    def take_other(self, size_bytes: int, what: str) -> None:
+        self._collect()
+        super().take_other(size_bytes, what)
+
+    def make_room_for(self, size_bytes: int, what: str) -> None:
+        self._collect()
+        super().make_room_for(size_bytes, what)
 
     def _victim(self, keep: set[int]) -> Chunk | None:
         """As on the host, of those that no tensor refers to: others would give no room."""
@@ -369,7 +386,9 @@ def frame_dtype(param_dtype: torch.dtype, compute: torch.dtype | None) -> torch.
     return compute if compute is not None and param_dtype.is_floating_point else param_dtype
 
 
-def add_families(space: DeviceSpace, binding: Binding, dtype: torch.dtype | None, chunk_bytes: int) -> None:
+def add_families(
+    space: DeviceSpace, binding: Binding, dtype: torch.dtype | None, chunk_bytes: int
+) -> None:
     """Give every parameter its place on the device."""
     for family in binding.families:
         space.add_family(family, frame_dtype(family.params[0].dtype, dtype), chunk_bytes)

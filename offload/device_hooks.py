@@ -9,8 +9,10 @@ everything that touches residency.
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from offload.bind import Binding, Home
 from offload.device import Device, frame_dtype
 from offload.engine import Engine
-from offload.errors import OffloadError
+from offload.errors import BudgetError, OffloadError
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
 from offload.hooks import Before, Hook, InFlight, settle_gradient
@@ -111,14 +113,14 @@ class DeviceHooks:
 
     def _attach(self) -> list[RemovableHandle]:
         model, engine = self._model, self._device.engine
-        activations = Activations(engine.take_other, engine.ledger.give_other)
-        self._saved = SavedInFrames(engine.frames, self._fetch_saved, activations, self._pass.running)
+        activations = Activations(self._take_activation, engine.given_back.append)
+        self._saved = SavedInFrames(
+            engine.frames, self._fetch_saved, activations, self._pass.running
+        )
         self._shared = _shared_params(model)
         engine.largest_gradient_bytes = max((c.size_bytes for c in engine.space.chunks), default=0)
         handles = [
-            model.register_forward_pre_hook(
-                Hook(self._enter_root), prepend=True, with_kwargs=True
-            ),
+            model.register_forward_pre_hook(Hook(self._enter_root), prepend=True, with_kwargs=True),
             model.register_forward_hook(Hook(self._leave_root), always_call=True),
         ]
         for home in self._binding.homes.values():
@@ -136,6 +138,7 @@ class DeviceHooks:
         with self._lock:
             self._leave_contexts()  # an interrupt may have skipped the last leave
             self._end_pass()
+            self._grads.in_flight.clear()
             check_parameters(self._model, self._binding)
             kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
             modes = [steps.begin(kind) for steps in self._levels]
@@ -144,7 +147,7 @@ class DeviceHooks:
                 self._saved.pack, self._saved.unpack
             ))  # fmt: skip
         if modes[1] is Mode.RECORD:
-            self._pass.before = Before(module)
+            self._pass.before = DeviceBefore(module, self._device.place)
             self._push(AllocationGuard(self._foresee, self._pass.running))
         self._pass.frame = caller_of_hooks()
         return tree_map(self._to_device, (args, kwargs))
@@ -153,6 +156,8 @@ class DeviceHooks:
         with self._lock:
             self._leave_contexts()
             self._end_pass()
+            if sys.exc_info()[0] is not None:
+                return  # the forward pass raised: its error is the one to be seen
             if self._levels[0].current is Kind.INFER:
                 for steps in self._levels:
                     steps.end()
@@ -165,15 +170,25 @@ class DeviceHooks:
         floating = x.is_floating_point()
         return x.to(self._device.place, self._device.dtype if floating else None)
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One thread at a time; a refused forward pass leaves random state and buffers alone."""
+        with self._lock:
+            try:
+                yield
+            except BudgetError:
+                if self._pass.before is not None:
+                    self._pass.before.restore()
+                raise
+
+    def _take_activation(self, size_bytes: int, what: str) -> None:
+        with self._locked():
+            self._device.engine.take_other(size_bytes, what)
+
     def _foresee(self, size_bytes: int, operation: str) -> None:
-        engine = self._device.engine
-        try:
-            engine.make_room_for(size_bytes, f"the result of {operation}")
-        except OffloadError:
-            if self._pass.before is not None:
-                self._pass.before.restore()
-            raise
-        engine.pass_through(size_bytes)
+        with self._locked():
+            self._device.engine.make_room_for(size_bytes, f"the result of {operation}")
+            self._device.engine.pass_through(size_bytes)
 
     # -- weights ----------------------------------------------------------------------------
 
@@ -189,7 +204,7 @@ class DeviceHooks:
             dtype = frame_dtype(param.dtype, self._device.dtype)
             view = param.detach().to(self._device.place, dtype)
         else:
-            with self._lock:
+            with self._locked():
                 if recomputes:
                     self._enter_backward()
                 phase = Phase.BACKWARD if recomputes else Phase.FORWARD
@@ -290,6 +305,20 @@ class _Pass:
         while frame is not None and frame is not self.frame:
             frame = frame.f_back
         return frame is not None
+
+
+class DeviceBefore(Before):
+    """With the device's random state."""
+
+    def __init__(self, model: nn.Module, place: torch.device) -> None:
+        super().__init__(model)
+        self._place = place
+        self._device_rng = torch.cuda.get_rng_state(place) if place.type == "cuda" else None
+
+    def restore(self) -> None:
+        super().restore()
+        if self._device_rng is not None:
+            torch.cuda.set_rng_state(self._device_rng, self._place)
 
 
 def _shared_params(model: nn.Module) -> set[nn.Parameter]:

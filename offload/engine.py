@@ -22,7 +22,6 @@ from offload.record import Follower, Recorder
 from offload.tiers.home import Backing, Chunk, HomeSpace
 from offload.tiers.spec import format_size
 
-
 T = TypeVar("T")
 
 
@@ -356,6 +355,13 @@ class Engine:
         self.forget_gone()
         self.evict(list(self._resident))
         self.space.pool.trim()
+
+    def give_up_loads(self) -> None:
+        """Abandon what is being read and await what is being written: before closing."""
+        self._queue.clear()
+        for chunk in self.space.loads():
+            self.space.abandon_load(chunk)
+        self.settle()
 
     def forget_gone(self) -> None:
         """Bring everything in flight to rest, without evicting: before closing or re-planning."""

@@ -29,7 +29,11 @@ class AllocationGuard(TorchDispatchMode):
         self._known: dict[object, int] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         size_bytes = self._size_of_result(func, args, kwargs)

@@ -36,7 +36,8 @@ def check_parameters(model: nn.Module, binding: Binding) -> None:
         if home is None:
             raise OffloadError(
                 f"{name} is not the Parameter that was wrapped (load_state_dict(assign=True) or an "
-                "assignment replaced it); load with assign=False, or close the runtime and wrap again"
+                "assignment replaced it); load with assign=False, or close the runtime and wrap "
+                "again"
             )
         if param.data_ptr() != home.address and param.numel() and home.name not in binding.away:
             binding.away.add(home.name)

@@ -6,6 +6,7 @@ Copies and pickles of a hooked model carry inert hooks: a deep copy is a plain m
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,8 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from offload.bind import Binding, Home
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
-from offload.homing import check_parameters
 from offload.guard import AllocationGuard
+from offload.homing import check_parameters
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations, SavedTensors
 from offload.steps import Kind, Mode, Steps
@@ -153,6 +154,8 @@ class Hooks:
 
     def _leave_root(self, module: nn.Module, args: object, output: object) -> None:
         self._leave_contexts()
+        if sys.exc_info()[0] is not None:
+            return  # the forward pass raised: its error is the one to be seen
         if self._steps.current is Kind.INFER:
             self._steps.end()
         else:

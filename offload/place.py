@@ -1,4 +1,4 @@
-"""Where weights are computed with, and in which type: whether frames are needed, and making them."""
+"""Where weights are computed with and in which type; building the device level for it."""
 
 from __future__ import annotations
 
@@ -147,7 +147,8 @@ def _accelerator(device: torch.device) -> torch.device:
             f"device={device}, but torch sees no CUDA device: install a CUDA build of torch and a "
             f"driver, or leave device=... out to compute on the CPU"
         )
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.device("cuda", index)
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -100,4 +100,6 @@ class Follower:
         if not uses:
             return 1 << 60
         at = bisect_right(uses, self.cursor)
-        return uses[at] - self.cursor if at < len(uses) else uses[0] + len(self.trace.moments) - self.cursor
+        if at < len(uses):
+            return uses[at] - self.cursor
+        return uses[0] + len(self.trace.moments) - self.cursor

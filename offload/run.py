@@ -142,11 +142,11 @@ class Runtime:
     def close(self) -> None:
         """Stop the workers and close the spill file; parameters stay readable where they are."""
         self._detach()
+        self.model.__dict__.pop("_offload", None)
         try:
-            self.parts.engine.forget_gone()
+            self.parts.engine.give_up_loads()
         finally:
             self.parts.engine.space.close()
-        self.model.__dict__.pop("_offload", None)
 
     def __enter__(self) -> Runtime:
         return self

@@ -149,8 +149,8 @@ class Steps:
         if track.trace is None or not track.stale:
             return
         track.fits = self._may_fit and self._everything_fits(track.trace)
-        if self._plan_for is None:
-            return
+        if self._plan_for is None or not track.trace.moments:
+            return  # a step may use none of our weights: the user's are in their place
         last = len(track.trace.moments) - 1
         touched = {n.chunk for m in track.trace.moments for n in m.needs}
         dead = {c: last for c in touched if self._engine.is_dead(c)}

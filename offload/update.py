@@ -57,10 +57,11 @@ class UpdateStore:
 
         Their gradients and state are plain tensors, outside the budget.
         """
-        groups = []
+        groups: list[tuple[tuple[Segment, ...], tuple[Need, ...]]] = []
         for param in (p for g in self._optimizer.param_groups for p in g["params"]):
             home = self._binding.homes.get(param)
-            if param.grad is None or (home is not None and home.family.trained):
+            homed = home is not None and home.family.trained and param.numel() > 0
+            if param.grad is None or homed:
                 continue
             chunks = home.weight_chunks if home is not None else ()
             segment = Segment(param, 0, param.numel())

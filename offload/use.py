@@ -100,9 +100,7 @@ class SavedWeight:
         """Raise as torch does when the weight was written to since."""
         if self.param._version != self.version:
             raise RuntimeError(
-                STALE.format(
-                    shape=list(self.shape), now=self.param._version, then=self.version
-                )
+                STALE.format(shape=list(self.shape), now=self.param._version, then=self.version)
             )
 
 

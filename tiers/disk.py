@@ -21,7 +21,7 @@ from offload.tiers import vm
 from offload.tiers.spec import format_size
 
 
-class DiskFull(OSError):
+class DiskFull(OSError):  # noqa: N818 (a condition of the disk)
     """Space for the spill file could not be reserved."""
 
 
@@ -197,7 +197,8 @@ def _whole(
     while done < len(memory):
         count = move(fd, [memory[done:]], offset + done)
         if count == 0:
-            raise OSError(errno.EIO, f"spill file ends at {offset + done}, {len(memory) - done} short")
+            missing = len(memory) - done
+            raise OSError(errno.EIO, f"spill file ends at {offset + done}, {missing} short")
         done += count
 
 

@@ -59,7 +59,7 @@ class FramePool:
         self.idle_bytes += frame.size_bytes
 
     def trim(self, keep_bytes: int = 0, *, sparing: int = 0) -> None:
-        """Free idle frames until at most ``keep_bytes`` are idle, those of size ``sparing`` last."""
+        """Free idle frames until at most ``keep_bytes`` are idle, size ``sparing`` last."""
         for size in sorted(self._idle, key=lambda s: s == sparing):
             while self._idle[size] and self.idle_bytes > keep_bytes:
                 self._free(self._idle[size].pop())

@@ -48,7 +48,7 @@ class KvikioFile(SpillFile):
     def _move(
         self, move: Callable[..., Any], address: int, size_bytes: int, offset: int
     ) -> None:
-        memory = np.frombuffer(vm.buffer_at(address, size_bytes), dtype=np.uint8)
+        memory = np.frombuffer(memoryview(vm.buffer_at(address, size_bytes)), dtype=np.uint8)
         moved = move(memory, size=size_bytes, file_offset=offset).get()
         if moved != size_bytes:
             raise OSError(f"kvikio moved {moved} of {size_bytes} bytes at offset {offset}")

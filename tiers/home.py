@@ -37,7 +37,7 @@ class Backing(Enum):
     RAM = "ram"  # a frame's pages
 
 
-class CorruptChunk(OSError):
+class CorruptChunk(OSError):  # noqa: N818 (as DiskFull: a condition of the disk)
     """What came back from the spill file is not what was written."""
 
 
@@ -320,8 +320,8 @@ class HomeSpace:
             chunk.crc, chunk.crc_epoch = crc, self._epoch
             return
         raise CorruptChunk(
-            f"{chunk.label} (spill file offset {chunk.offset}, {chunk.size_bytes} bytes) came back "
-            f"different from what was written (crc32c {crc:08x}, expected {chunk.crc:08x}); "
+            f"what came back from offset {chunk.offset} ({chunk.size_bytes} bytes) is different "
+            f"from what was written (crc32c {crc:08x}, expected {chunk.crc:08x}); "
             "the disk or its file system is losing data: use another disk=... folder and "
             "resume from the last checkpoint"
         )

@@ -24,7 +24,7 @@ class Tier(StrEnum):
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of ``8 * 2**30``, ``"8GiB"``, ``"500 MiB"``, ``"1.5GB"`` (decimal) or ``"64M"`` (binary).
+    """Bytes of ``8 * 2**30``, ``"8GiB"``, ``"500 MiB"``, ``"1.5GB"`` (decimal) or ``"64M"``.
 
     Raises ValueError for anything else, with an example of what is understood.
     """

@@ -59,7 +59,7 @@ def reserve(size_bytes: int) -> int:
 
 def want_huge(address: int, size_bytes: int) -> bool:
     """Ask for huge pages; False where the kernel was built or booted without them."""
-    return _libc.madvise(address, size_bytes, _ADVISE_HUGEPAGE) == 0
+    return bool(_libc.madvise(address, size_bytes, _ADVISE_HUGEPAGE) == 0)
 
 
 def release(address: int, size_bytes: int) -> None:
