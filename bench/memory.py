@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--limit", default="4GiB")
     parser.add_argument("--budget", default="3GiB")
     parser.add_argument("--disk", default="bench-spill")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--seq", type=int, default=64)
     parser.add_argument(
         "--results", type=Path, default=Path(__file__).parent / "results" / "memory.jsonl"

@@ -29,7 +29,8 @@ class Tuning:
     frames with NaN. ``adversary``: seed of lanes that complete out of order. ``keep_hooks``:
     stay in the managed mode although everything fits. ``emulate_device``: compute in frames of a
     separate arena in host memory; ``device_chunk_bytes``: how much neighbours that share a frame
-    may take.
+    may take. ``trust_versions``: copies on the device outlive passes; writes to weights through
+    ``.data`` or numpy are then not seen before the next update.
     """
 
     chunk_bytes: int | None = None
@@ -40,6 +41,7 @@ class Tuning:
     keep_hooks: bool = False
     emulate_device: bool = False
     device_chunk_bytes: int | None = None
+    trust_versions: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,27 +15,22 @@ when the next one begins. Within a pass a write is seen by the parameter's versi
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from offload.bind import Binding, Family, dense_strides
 from offload.engine import Engine
-from offload.errors import BudgetError
-from offload.ledger import Ledger
+from offload.errors import OffloadError
 from offload.prefetch.trace import Access, Need, Phase
-from offload.steps import Steps
 from offload.tiers import vm
 from offload.tiers.arena import DeviceArena
 from offload.tiers.copy import Copier, LendingHomes, Mark, Upload
-from offload.tiers.home import Backing, Chunk, HomeSpace, Region
+from offload.tiers.home import Backing, Chunk, Region
 from offload.tiers.lane import Lane, Ticket
-from offload.tiers.spec import format_size
 
 _LAYER = re.compile(r"(?:.*?\.)?\d+\.")  # "model.layers.3." of "model.layers.3.mlp.up.weight"
 
@@ -90,6 +85,8 @@ class DeviceSpace:
         self.lanes = {"read": lane}
         self.slots: dict[nn.Parameter, Slot] = {}
         self.phase = Phase.FORWARD
+        self.watching = False  # in a recorded step: whether the model writes to its frames
+        self._sums: dict[int, int] = {}
         self._copier = copier
         self._host = host
         self._sources: list[Source] = []
@@ -143,6 +140,8 @@ class DeviceSpace:
         self._wait(upload)
         self._copier.arrive(upload.mark)
         chunk.backing, chunk.loading = Backing.RAM, None
+        if self.watching and chunk.frame is not None:
+            self._sums[chunk.id] = self.pool.memory.checksum(chunk.frame)
 
     def unchanged(self, chunk: Chunk) -> bool:
         """Frames are only read."""
@@ -150,7 +149,17 @@ class DeviceSpace:
 
     def drop(self, chunk: Chunk, *, dead: bool = False) -> None:
         """Give the frame back; it is free when no tensor refers to it any more."""
+        assert chunk.frame is not None
+        sum_then = self._sums.pop(chunk.id, None)
+        written = sum_then is not None and self.pool.memory.checksum(chunk.frame) != sum_then
         self._vacate(chunk)
+        if written:
+            self._sums.clear()  # to be said once
+            raise OffloadError(
+                f"the {chunk.label} was written to: this model changes its weights in its own "
+                "forward, which weights in frames cannot honour. Change them between passes, or "
+                "compute where the weights are (no device=..., no compute_dtype=...)"
+            )
 
     def loads(self) -> list[Chunk]:
         """Chunks whose upload is under way or done but not installed, in the order of issue."""
@@ -256,129 +265,6 @@ def neighbours(family: Family, elements: int) -> list[list[int]]:
             runs.append([i])
         layer = mine
     return runs
-
-
-class DeviceEngine(Engine):
-    """The engine of the device level: chunks in use by tensors are not for eviction."""
-
-    def __init__(self, space: DeviceSpace, ledger: Ledger) -> None:
-        # DeviceSpace has all that Engine asks of a HomeSpace without a disk below.
-        super().__init__(cast(HomeSpace, space), ledger)
-        self.frames = space
-        self.given_back: deque[int] = deque()  # bytes of activations; any thread may append
-        self._owed: set[int] = set()
-
-    def need(self, phase: Phase, needs: tuple[Need, ...]) -> None:
-        self.frames.phase = phase
-        self._collect()
-        if self._owed:
-            self._queue_again()
-        super().need(phase, needs)
-
-    def serve(self, phase: Phase, param: nn.Parameter) -> Tensor:
-        """A view of a parameter's present value, brought here if need be."""
-        chunk = self.frames.slots[param].chunk
-        if self.frames.outdated(param):
-            self._discard(self.frames.chunks[chunk])
-        self.need(phase, (Need(chunk, Access.READ),))
-        return self.frames.view(param)
-
-    def retire(self) -> None:
-        """User code runs: no copy of a weight is kept. The plan's are fetched again after."""
-        gone = [*self._resident, *(c.id for c in self.frames.loads())]
-        for c in gone:
-            self._discard(self.frames.chunks[c])
-        self._last = ()
-        if self.follower is not None:
-            self._owed.update(gone)
-
-    def begin(self, *args: Any) -> None:
-        self._owed.clear()
-        super().begin(*args)
-
-    def finish(self) -> None:
-        # What the plan would fetch for the next step is fetched when that begins: after the update.
-        self.follower = None
-        self._owed.clear()
-        self._queue.clear()
-        super().finish()
-
-    def pass_through(self, size_bytes: int) -> None:
-        """Note memory that is there for a moment only (a gradient on its way to the host)."""
-        if self.recorder is not None:
-            self.recorder.see_other(self.ledger.other_bytes + size_bytes)
-
-    def _queue_again(self) -> None:
-        assert self.follower is not None
-        wanted = (self._owed | set(self._queue)) - self._resident.keys()
-        self._queue.clear()
-        self._queue.extend(sorted(wanted, key=self.follower.next_use))
-        self._owed.clear()
-
-    def _discard(self, chunk: Chunk) -> None:
-        if chunk.loading is not None:
-            self.frames.abandon_load(chunk)
-        else:
-            self._forget(chunk, dead=False)
-
-    def _collect(self) -> None:
-        """Notice what was let go of, perhaps on another thread: views and activations."""
-        self.frames.pool.collect()
-        while self.given_back:
-            self.ledger.give_other(self.given_back.popleft())
-
-    def take_other(self, size_bytes: int, what: str) -> None:
-        self._collect()
-        super().take_other(size_bytes, what)
-
-    def make_room_for(self, size_bytes: int, what: str) -> None:
-        self._collect()
-        super().make_room_for(size_bytes, what)
-
-    def _victim(self, keep: set[int]) -> Chunk | None:
-        """As on the host, of those that no tensor refers to: others would give no room."""
-        viewed = {
-            c for c in self._resident
-            if (frame := self.frames.chunks[c].frame) is not None and self.frames.pool.viewed(frame)
-        }  # fmt: skip
-        return super()._victim(keep | viewed)
-
-    def _refuse(self, size_bytes: int, keep: set[int], what: str) -> NoReturn:
-        ledger = self.ledger
-        free_bytes = ledger.room_bytes
-        held = ledger.budget_bytes - free_bytes - ledger.fixed_bytes - ledger.other_bytes
-        least = ledger.budget_bytes - free_bytes + size_bytes
-        raise BudgetError(
-            f"device tier: {what} needs {format_size(size_bytes)} more, but of the budget of "
-            f"{format_size(ledger.budget_bytes)} weights in use take {format_size(held)}, "
-            f"activations {format_size(ledger.other_bytes)}, buffers "
-            f"{format_size(ledger.fixed_bytes)}; this step needs device_memory of at least "
-            f"{format_size(least)}: give that, or use a smaller batch or gradient checkpointing",
-            tier="device",
-            needed_bytes=least,
-            given_bytes=ledger.budget_bytes,
-            smallest_bytes=least,
-        )
-
-
-@dataclass(slots=True, eq=False)
-class Device:
-    """The device level of a run."""
-
-    place: torch.device
-    dtype: torch.dtype | None  # of floating weights in frames; None: as in their homes
-    engine: DeviceEngine
-    steps: Steps
-
-    def end_step(self) -> None:
-        """The update begins: every copy is about to be outdated."""
-        self.engine.retire()
-        self.steps.end()
-
-    def close(self) -> None:
-        """Free the frames and stop the lane."""
-        self.engine.retire()
-        self.engine.frames.close()
 
 
 def frame_dtype(param_dtype: torch.dtype, compute: torch.dtype | None) -> torch.dtype:

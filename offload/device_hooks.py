@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from offload.bind import Binding, Home
-from offload.device import Device, frame_dtype
+from offload.device import frame_dtype
+from offload.device_engine import Device
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
 from offload.guard import AllocationGuard
@@ -133,7 +134,7 @@ class DeviceHooks:
     # -- forward ----------------------------------------------------------------------------
 
     def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if compiled(module):
             raise OffloadError(COMPILED)
         with self._lock:
             self._leave_contexts()  # an interrupt may have skipped the last leave
@@ -149,6 +150,7 @@ class DeviceHooks:
         if modes[1] is Mode.RECORD:
             self._pass.before = DeviceBefore(module, self._device.place)
             self._push(AllocationGuard(self._foresee, self._pass.running))
+            self._device.engine.frames.watching = True
         self._pass.frame = caller_of_hooks()
         return tree_map(self._to_device, (args, kwargs))
 
@@ -187,8 +189,7 @@ class DeviceHooks:
 
     def _foresee(self, size_bytes: int, operation: str) -> None:
         with self._locked():
-            self._device.engine.make_room_for(size_bytes, f"the result of {operation}")
-            self._device.engine.pass_through(size_bytes)
+            self._device.engine.pass_through(size_bytes, f"the result of {operation}")
 
     # -- weights ----------------------------------------------------------------------------
 
@@ -224,8 +225,7 @@ class DeviceHooks:
         """The first event of a backward pass: have autograd tell us when it ends."""
         if self._pass.backward or not backward_runs():
             return
-        if not self._pass.running():
-            self._device.engine.retire()
+        self._device.end_pass()
         self._pass.backward = True
         # As FSDP2 and DDP do: the only way to learn that a pass is over.
         Variable._execution_engine.queue_callback(self._leave_backward)
@@ -233,17 +233,16 @@ class DeviceHooks:
     def _leave_backward(self) -> None:
         with self._lock:
             self._pass.backward = False
-            if not self._pass.running():  # else a gradient taken within the model's forward
-                self._end_pass()
-                self._host.settle()
+            self._device.end_pass()
+            self._host.settle()
             self._grads.in_flight.clear()
 
     def _gradient_out(self, param: nn.Parameter, grad: Tensor) -> Tensor:
         """A gradient leaves the device."""
+        home = self._binding.homes[param]
         with self._lock:
             self._enter_backward()
-            self._device.engine.pass_through(grad.numel() * grad.element_size())
-            home = self._binding.homes[param]
+            self._device.engine.pass_through(grad.nbytes, f"the gradient of {home.name}")
             if param in self._shared and home.family.trained:
                 # Autograd keeps the first gradient of a shared weight until its last use.
                 self._grads.in_flight.take_once(home, home.size_bytes)
@@ -266,7 +265,7 @@ class DeviceHooks:
     def _end_pass(self) -> None:
         """User code runs from here: no copy of a weight is kept."""
         self._pass.frame, self._pass.backward = None, False
-        self._device.engine.retire()
+        self._device.end_pass()
 
     def _push(self, context: Any) -> None:
         context.__enter__()
@@ -276,6 +275,21 @@ class DeviceHooks:
         self._pass.before = None
         while self._pass.contexts:
             self._pass.contexts.pop().__exit__(None, None, None)
+
+
+def compiled(model: nn.Module) -> bool:
+    """Whether torch.compile is at work on the model, on a part of it, or on what calls it."""
+    if torch.compiler.is_compiling():
+        return True
+    if any(m._compiled_call_impl is not None for m in model.modules()):
+        return True
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "compile_wrapper" and "_dynamo" in code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 COMPILED = (

@@ -11,7 +11,9 @@ from torch import nn
 
 from offload.bind import Binding
 from offload.config import Given, Tuning
-from offload.device import Device, DeviceEngine, DeviceSpace, add_families, frame_dtype
+from offload.device import DeviceSpace, add_families, frame_dtype
+from offload.device_engine import Device, DeviceEngine
+from offload.device_hooks import COMPILED, compiled
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
 from offload.ledger import Ledger
@@ -68,7 +70,8 @@ def choose(
         place = Place(torch.device("cpu"), dtype, own_memory=False)
     else:
         return None
-    _refuse_compiled(model)
+    if hasattr(model, "_orig_mod") or compiled(model):
+        raise OffloadError(COMPILED)
     return place
 
 
@@ -136,7 +139,7 @@ def build_device(
     engine = DeviceEngine(space, Ledger(budget_bytes, arena, _buffer_bytes(model)))
     planner = _planner(engine, tuning) if tuning.prefetch else None
     steps = Steps(engine, planner, may_fit=False)
-    return Device(place.device, place.dtype, engine, steps)
+    return Device(place.device, place.dtype, engine, steps, tuning.trust_versions)
 
 
 def _accelerator(device: torch.device) -> torch.device:
@@ -149,17 +152,6 @@ def _accelerator(device: torch.device) -> torch.device:
         )
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch.device("cuda", index)
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    compiled = hasattr(model, "_orig_mod") or any(
-        getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()
-    )
-    if compiled:
-        raise OffloadError(
-            "the model is compiled: weights in frames are at another address each time, which a "
-            "compiled graph does not see. Give wrap the uncompiled model"
-        )
 
 
 def _lane(tuning: Tuning) -> Lane:

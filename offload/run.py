@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.bind import Binding
 from offload.config import Given
-from offload.device import Device
+from offload.device_engine import Device
 from offload.device_hooks import DeviceHooks
 from offload.engine import Engine
 from offload.homing import release_all
@@ -62,7 +62,7 @@ class Runtime:
         engine, steps = self.parts.engine, self.parts.steps
         kind = Kind.TRAIN if steps.tracks[Kind.TRAIN].steps else Kind.INFER
         plan = self.plan
-        space, ledger = engine.space, engine.ledger
+        space, ledger, device = engine.space, engine.ledger, self.parts.device
         return {
             "steps": steps.tracks[kind].steps,
             "step_s": steps.median_s(kind),
@@ -93,7 +93,9 @@ class Runtime:
                     "peak_other_bytes": ledger.peak_other_bytes,
                 },
                 "disk": {"used_bytes": space.disk.used_bytes if space.disk else 0},
+                **({"device": device.tier_stats()} if device is not None else {}),
             },
+            "device": device.stats(kind) if device is not None else None,
             "temporaries_bytes": steps.watch.excess_bytes,
             "stall_s": dict(engine.counters.stall_s),
             "counters": {

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.tiers.layout import (
-    ALIGN_ELEMENTS,
     PAGE_ELEMENTS,
     choose_chunk_bytes,
     lay_out,
@@ -18,6 +17,7 @@ sizes = st.lists(
     st.one_of(st.integers(0, 3), st.integers(0, 30_000), st.sampled_from([64, 4096, 8192])),
     max_size=12,
 )
+ALIGN_ELEMENTS = 64  # 64 bytes even where elements are single bytes
 chunk_sizes = st.integers(1, 5).map(lambda pages: pages * PAGE_ELEMENTS)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 import offload
 from offload.errors import BudgetError, OffloadError
 from offload.tiers import vm
+from offload.tiers.disk import SpillFile
 from offload.tiers.spec import KIB
 
 if TYPE_CHECKING:
@@ -119,32 +120,35 @@ def faulty_life(manage: Manager, twins: Twins) -> Life:
 def test_flipped_bit_in_the_spill_file_names_the_chunk(
     manage: Manager, twins: Twins, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plain = twins.start(with_batch_norm, torch.optim.AdamW)
+    plain.steps(2)
     life = faulty_life(manage, twins)
+    life.evict()
     assert life.run is not None
     disk = life.run.parts.engine.space.disk
-    assert disk is not None
-    real = type(disk).pull  # type: ignore[attr-defined]
-    before = everything(life)
-    life.evict()
+    assert isinstance(disk, SpillFile)
+    real = disk.pull
 
     def lying(address: int, size_bytes: int, offset: int) -> None:
-        real(disk, address, size_bytes, offset)
+        real(address, size_bytes, offset)
         byte = vm.buffer_at(address + size_bytes - 1, 1)
         byte[0] = bytes([byte.raw[0] ^ 0x10])
 
     monkeypatch.setattr(disk, "pull", lying)
-    with pytest.raises(OffloadError, match=r"\w+ \(.*\) chunk \d+ .* came back different"):
+    with pytest.raises(OffloadError, match=r"\) chunk \d+ .* different from what was written"):
         life.steps(1, seed=2)
     monkeypatch.undo()
-    after = everything(life)["model"]
-    names = [name for name, _ in life.model.named_parameters()]
-    assert_same({n: after[n] for n in names}, {n: before["model"][n] for n in names})
+    for expected, param in zip(plain.params, life.params, strict=True):
+        assert torch.equal(expected, param)  # nothing was trained on it
 
 
 @pytest.mark.parametrize("fault", ["read", "write"])
 def test_disk_error_surfaces_and_nothing_is_wrong_afterwards(
-    manage: Manager, twins: Twins, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
+    manage: Manager, twins: Twins, monkeypatch: pytest.MonkeyPatch, fault: str,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    if fault == "write" and twins.mode.prefetch:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="a failed write stays (B22c)"))
     life = faulty_life(manage, twins)
     assert life.run is not None
     disk = life.run.parts.engine.space.disk

@@ -16,6 +16,7 @@ from collections import Counter, deque
 from typing import Any, Protocol
 
 import torch
+from crc32c import crc32c
 from torch import Tensor
 
 from offload.tiers import vm
@@ -53,6 +54,10 @@ class Memory(Protocol):
         """What a copy into the buffer must wait for: a CUDA event, or None."""
         ...
 
+    def checksum(self, frame: Frame) -> int:
+        """A number that tells whether the contents changed; after what compute has queued."""
+        ...
+
 
 class PageMemory:
     """The emulated device, and the CPU's own converted copies: huge pages of host memory."""
@@ -79,6 +84,9 @@ class PageMemory:
 
     def vacant(self, address: int) -> None:
         return None
+
+    def checksum(self, frame: Frame) -> int:
+        return int(crc32c(vm.buffer_at(frame.address, frame.size_bytes)))
 
 
 class _CudaBuffer:
@@ -131,6 +139,10 @@ class CudaMemory:
 
     def vacant(self, address: int) -> torch.cuda.Event:
         return self._events[address]
+
+    def checksum(self, frame: Frame) -> int:
+        values = self._buffers[frame.address][: frame.size_bytes // 4 * 4].view(torch.int32)
+        return int(values.sum(dtype=torch.int64))
 
 
 class DeviceArena(FramePool):

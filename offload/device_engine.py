@@ -1,0 +1,185 @@
+"""The engine of the device level, and the level as a whole."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+
+from offload.device import DeviceSpace
+from offload.engine import Engine
+from offload.errors import BudgetError
+from offload.ledger import Ledger
+from offload.prefetch.trace import Access, Need, Phase
+from offload.steps import Kind, Steps
+from offload.tiers.home import Chunk, HomeSpace
+from offload.tiers.spec import format_size
+
+
+class DeviceEngine(Engine):
+    """The engine of the device level: chunks in use by tensors are not for eviction."""
+
+    def __init__(self, space: DeviceSpace, ledger: Ledger) -> None:
+        # DeviceSpace has all that Engine asks of a HomeSpace without a disk below.
+        super().__init__(cast(HomeSpace, space), ledger)
+        self.frames = space
+        self.given_back: deque[int] = deque()  # bytes of activations; any thread may append
+        self._owed: set[int] = set()
+
+    def need(self, phase: Phase, needs: tuple[Need, ...]) -> None:
+        self.frames.phase = phase
+        self._collect()
+        if self._owed:
+            self._queue_again()
+        super().need(phase, needs)
+
+    def serve(self, phase: Phase, param: nn.Parameter) -> Tensor:
+        """A view of a parameter's present value, brought here if need be."""
+        chunk = self.frames.slots[param].chunk
+        if self.frames.outdated(param):
+            self._discard(self.frames.chunks[chunk])
+        self.need(phase, (Need(chunk, Access.READ),))
+        return self.frames.view(param)
+
+    def retire(self) -> None:
+        """No copy of a weight is kept. Those that the plan would have kept are fetched again."""
+        gone = [*self._resident, *(c.id for c in self.frames.loads())]
+        for c in gone:
+            self._discard(self.frames.chunks[c])
+        self._last = ()
+        if self.follower is not None:
+            self._owed.update(gone)
+
+    def begin(self, *args: Any) -> None:
+        self._owed.clear()
+        super().begin(*args)
+
+    def finish(self) -> None:
+        # What the plan would fetch for the next step is fetched when that begins: after the update.
+        self.follower = None
+        self._owed.clear()
+        self._queue.clear()
+        super().finish()
+
+    def pass_through(self, size_bytes: int, what: str) -> None:
+        """Make room for memory that is there for a moment only. Raises BudgetError."""
+        self.make_room_for(size_bytes, what)
+        if self.recorder is not None:
+            self.recorder.see_other(self.ledger.other_bytes + size_bytes)
+
+    def _queue_again(self) -> None:
+        assert self.follower is not None
+        wanted = (self._owed | set(self._queue)) - self._resident.keys()
+        self._queue.clear()
+        self._queue.extend(sorted(wanted, key=self.follower.next_use))
+        self._owed.clear()
+
+    def _discard(self, chunk: Chunk) -> None:
+        if chunk.loading is not None:
+            self.frames.abandon_load(chunk)
+        else:
+            self._forget(chunk, dead=False)
+
+    def _collect(self) -> None:
+        """Notice what was let go of, perhaps on another thread: views and activations."""
+        self.frames.pool.collect()
+        while self.given_back:
+            self.ledger.give_other(self.given_back.popleft())
+
+    def take_other(self, size_bytes: int, what: str) -> None:
+        self._collect()
+        super().take_other(size_bytes, what)
+
+    def make_room_for(self, size_bytes: int, what: str) -> None:
+        self._collect()
+        super().make_room_for(size_bytes, what)
+
+    def _forget(self, chunk: Chunk, *, dead: bool) -> None:
+        try:
+            super()._forget(chunk, dead=dead)
+        finally:
+            self._resident.pop(chunk.id, None)  # gone even where its dropping had to complain
+
+    def _victim(self, keep: set[int]) -> Chunk | None:
+        """As on the host, of those that no tensor refers to: others would give no room."""
+        viewed = {
+            c for c in self._resident
+            if (frame := self.frames.chunks[c].frame) is not None and self.frames.pool.viewed(frame)
+        }  # fmt: skip
+        return super()._victim(keep | viewed)
+
+    def _refuse(self, size_bytes: int, keep: set[int], what: str) -> NoReturn:
+        ledger = self.ledger
+        free_bytes = ledger.room_bytes
+        held = ledger.budget_bytes - free_bytes - ledger.fixed_bytes - ledger.other_bytes
+        least = ledger.budget_bytes - free_bytes + size_bytes
+        raise BudgetError(
+            f"device tier: {what} needs {format_size(size_bytes)} more, but of the budget of "
+            f"{format_size(ledger.budget_bytes)} weights in use take {format_size(held)}, "
+            f"activations {format_size(ledger.other_bytes)}, buffers "
+            f"{format_size(ledger.fixed_bytes)}; this step needs device_memory of at least "
+            f"{format_size(least)}: give that, or use a smaller batch or gradient checkpointing",
+            tier="device",
+            needed_bytes=least,
+            given_bytes=ledger.budget_bytes,
+            smallest_bytes=least,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Device:
+    """The device level of a run.
+
+    ``dtype``: of floating weights in frames; None: as in their homes. ``trust_versions``: copies
+    outlive passes, since the user promises that writes to weights go through autograd's versions.
+    """
+
+    place: torch.device
+    dtype: torch.dtype | None
+    engine: DeviceEngine
+    steps: Steps
+    trust_versions: bool = False
+
+    def end_pass(self) -> None:
+        """User code runs from here."""
+        self.engine.frames.watching = False
+        if not self.trust_versions:
+            self.engine.retire()
+
+    def end_step(self) -> None:
+        """The update begins: every copy is about to be outdated."""
+        self.engine.retire()
+        self.steps.end()
+
+    def tier_stats(self) -> dict[str, int]:
+        """Bytes held on the device."""
+        ledger = self.engine.ledger
+        return {
+            "budget_bytes": ledger.budget_bytes,
+            "used_bytes": ledger.used_bytes,
+            "peak_bytes": ledger.peak_bytes,
+            "peak_other_bytes": ledger.peak_other_bytes,
+        }
+
+    def stats(self, kind: Kind) -> dict[str, Any]:
+        """What the copies to the device did; see docs/stats.md."""
+        counters, track = self.engine.counters, self.steps.tracks[kind]
+        meter = self.engine.frames.lanes["read"].meter
+        plan = track.follower.plan if track.follower is not None else None
+        return {
+            "uploaded_bytes": meter.moved_bytes,
+            "busy_s": meter.busy_s,
+            "stall_s": counters.stall_s["read"],
+            "demand_uploads": counters.demand_loads,
+            "planned_uploads": counters.planned_loads,
+            "forced_evictions": counters.forced_evictions,
+            "forecast": asdict(plan.forecast) if plan is not None else None,
+        }
+
+    def close(self) -> None:
+        """Free the frames and stop the lane."""
+        self.engine.retire()
+        self.engine.frames.close()
