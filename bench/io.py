@@ -89,13 +89,9 @@ def main() -> int:
 
 def report(rounds: list[dict[str, dict[str, float]]]) -> None:
     """Print the table and append the JSON line."""
-    medians = {
-        e: {k: statistics.median(r[e][k] for r in rounds) for k in KEYS} for e in rounds[0]
-    }
+    medians = {e: {k: statistics.median(r[e][k] for r in rounds) for k in KEYS} for e in rounds[0]}
     ratios = {
-        k: statistics.median(
-            r["ours"][k] / max(r["fio"][k], r["fio-huge"][k]) for r in rounds
-        )
+        k: statistics.median(r["ours"][k] / max(r["fio"][k], r["fio-huge"][k]) for r in rounds)
         for k in KEYS
     }
     # What a bound uses of the joint rates is the sum of both directions: fio may favour one.

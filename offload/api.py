@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from offload.bind import Binding, build_family, family_keys, refuse_odd_parameters
+from offload.bind import Binding, Family, build_family, family_keys, refuse_odd_parameters
 from offload.config import Given, Size, Tuning, understand
 from offload.device_hooks import DeviceHooks
 from offload.engine import Engine
@@ -221,7 +221,7 @@ def _build(
 ) -> Parts:
     """Homes for everything, with the weights moved in."""
     trained = {p for p in learnt.params if p.requires_grad} if learnt is not None else set()
-    state = _mirrored_state(learnt)
+    state = _mirrored_state(learnt, trained)
     copies = 2 + len(state)
     chunk_bytes = tuning.chunk_bytes or choose_chunk_bytes(given.budget.host_bytes, copies)
     _refuse_hopeless(model, given, chunk_bytes, copies)
@@ -232,13 +232,19 @@ def _build(
         homes = LendingHomes if given.place is not None else HomeSpace
         space = homes(disk, pool, read, write)
         families = [
-            build_family(space, named, is_trained, state if is_trained else {}, chunk_bytes)
+            build_family(
+                space,
+                named,
+                is_trained,
+                _mirrored_state(learnt, (p for _, p in named)) if is_trained else {},
+                chunk_bytes,
+            )
             for (_, is_trained, _), named in family_keys(model, trained).items()
         ]
     except DiskFull as error:
         raise SpillError(str(error.strerror)) from error
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    fixed = space.fixed_bytes + buffers + _plain_state_bytes(learnt, state)
+    fixed = space.fixed_bytes + buffers + _plain_state_bytes(learnt, families)
     ledger = Ledger(given.budget.host_bytes, pool, fixed)
     if ledger.capacity_bytes < 0:
         raise _too_small(given, fixed, "weights, gradients and optimizer state")
@@ -312,26 +318,31 @@ def _planner(engine: Engine, given: Given, tuning: Tuning) -> Any:
     return make
 
 
-def _mirrored_state(learnt: OptimizerProfile | None) -> dict[str, torch.dtype]:
+def _mirrored_state(
+    learnt: OptimizerProfile | None, params: Iterable[nn.Parameter]
+) -> dict[str, torch.dtype]:
     """Names and dtypes of optimizer state that has the shape of its parameter."""
     found: dict[str, torch.dtype] = {}
-    if learnt is not None:
-        for param, what in learnt.params.items():
-            for tensor in what.state:
-                if tensor.shape == tuple(param.shape):
-                    found.setdefault(tensor.name, tensor.dtype)
+    for param in params:
+        what = learnt.params.get(param) if learnt is not None else None
+        for tensor in what.state if what is not None else ():
+            if tensor.shape == tuple(param.shape):
+                found.setdefault(tensor.name, tensor.dtype)
     return found
 
 
-def _plain_state_bytes(learnt: OptimizerProfile | None, state: dict[str, torch.dtype]) -> int:
+def _plain_state_bytes(learnt: OptimizerProfile | None, families: Iterable[Family]) -> int:
     """Optimizer state that stays in memory as plain tensors (factored moments and the like)."""
     if learnt is None:
         return 0
+    mirrored = {p: f.states for f in families for p in f.params}
     return sum(
         t.size_bytes
         for param, what in learnt.params.items()
         for t in what.state
-        if t.shape != tuple(param.shape) or t.dtype != state[t.name]
+        if t.shape != tuple(param.shape)
+        or t.name not in (regions := mirrored.get(param, {}))
+        or regions[t.name].itemsize != t.dtype.itemsize
     )
 
 

@@ -9,17 +9,19 @@ never dirty; nothing is ever saved from here.
 A frame is a second copy of a weight. Users may write to a parameter in ways that leave no trace
 (``p.data``, numpy), so whenever their code runs between passes no copy is kept: ``retire``
 empties the level when a pass ends, and what the plan would have kept is queued for upload again
-when the next one begins. Within a pass a write is seen by the parameter's version.
+when the next one begins. Within a pass a write is seen by the parameter's version; where the user
+has hooks, which may write without a trace too, checksums of the homes are compared at each use.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from crc32c import crc32c
 from torch import Tensor, nn
 
 from offload.bind import Binding, Family, dense_strides
@@ -75,6 +77,19 @@ class Source:
         return torch.frombuffer(buffer, dtype=self.dtype)
 
 
+@dataclass(slots=True)
+class Scrutiny:
+    """How closely a pass is watched for writes that leave no trace.
+
+    ``careful``: users have hooks, which may write to homes. ``watching``: a recorded forward pass,
+    in which a model that writes to its own frames is found out by their ``sums``.
+    """
+
+    careful: bool = False
+    watching: bool = False
+    sums: dict[int, int] = field(default_factory=dict)
+
+
 class DeviceSpace:
     """The chunks of the device level and the uploads that fill their frames."""
 
@@ -85,8 +100,7 @@ class DeviceSpace:
         self.lanes = {"read": lane}
         self.slots: dict[nn.Parameter, Slot] = {}
         self.phase = Phase.FORWARD
-        self.watching = False  # in a recorded step: whether the model writes to its frames
-        self._sums: dict[int, int] = {}
+        self.scrutiny = Scrutiny()
         self._copier = copier
         self._host = host
         self._sources: list[Source] = []
@@ -130,6 +144,7 @@ class DeviceSpace:
                 self._submit(upload, host_chunk, source.home(start, stop), into)
         except BaseException:
             self._wait(upload)
+            self._copier.drain(upload.mark)
             self._vacate(chunk)
             raise
         chunk.loading = upload.tickets[-1]
@@ -140,8 +155,8 @@ class DeviceSpace:
         self._wait(upload)
         self._copier.arrive(upload.mark)
         chunk.backing, chunk.loading = Backing.RAM, None
-        if self.watching and chunk.frame is not None:
-            self._sums[chunk.id] = self.pool.memory.checksum(chunk.frame)
+        if self.scrutiny.watching and chunk.frame is not None:
+            self.scrutiny.sums[chunk.id] = self.pool.memory.checksum(chunk.frame)
 
     def unchanged(self, chunk: Chunk) -> bool:
         """Frames are only read."""
@@ -150,11 +165,11 @@ class DeviceSpace:
     def drop(self, chunk: Chunk, *, dead: bool = False) -> None:
         """Give the frame back; it is free when no tensor refers to it any more."""
         assert chunk.frame is not None
-        sum_then = self._sums.pop(chunk.id, None)
+        sum_then = self.scrutiny.sums.pop(chunk.id, None)
         written = sum_then is not None and self.pool.memory.checksum(chunk.frame) != sum_then
         self._vacate(chunk)
         if written:
-            self._sums.clear()  # to be said once
+            self.scrutiny.sums.clear()  # to be said once
             raise OffloadError(
                 f"the {chunk.label} was written to: this model changes its weights in its own "
                 "forward, which weights in frames cannot honour. Change them between passes, or "
@@ -202,6 +217,17 @@ class DeviceSpace:
             return False
         return known[1][slot.index] != param._version
 
+    def differs(self, chunk: int) -> bool:
+        """Whether homes no longer hold what was copied, or cannot be compared at little cost."""
+        upload, _ = self._uploads[chunk]
+        pieces = self._sources[chunk].pieces()
+        for ticket, (host_chunk, start, stop) in zip(upload.tickets, pieces, strict=True):
+            if self._host.space.chunks[host_chunk].backing is not Backing.RAM:
+                return True
+            if checksum(self._sources[chunk].home(start, stop)) != ticket.result:
+                return True
+        return False
+
     def param_at(self, chunk: int, offset_bytes: int) -> nn.Parameter:
         """The parameter whose elements stand at this offset of a chunk."""
         params = self._sources[chunk].params
@@ -215,6 +241,7 @@ class DeviceSpace:
         """Stop the lane and free the frames that nobody views."""
         for lane in self.lanes.values():
             lane.close()
+        self._copier.close()
         self.pool.close()
 
     # -- inside -----------------------------------------------------------------------------
@@ -224,8 +251,9 @@ class DeviceSpace:
         upload.tickets.append(ticket)
         homes = self._host.space
         assert isinstance(homes, LendingHomes)
-        work = partial(_copy, self._copier, source, target, upload.mark)
-        homes.lend(homes.chunks[host_chunk], self.lanes["read"], ticket, work)
+        work = partial(_copy, self._copier, source, target, upload.mark, self.scrutiny.careful)
+        homes.lend(homes.chunks[host_chunk], self.lanes["read"], ticket)
+        self.lanes["read"].submit(ticket, work, target.nbytes)
 
     def _wait(self, upload: Upload) -> None:
         for ticket in upload.tickets:
@@ -239,9 +267,16 @@ class DeviceSpace:
         chunk.backing = Backing.FILE
 
 
-def _copy(copier: Copier, source: Tensor, target: Tensor, mark: Mark) -> int:
+def _copy(copier: Copier, source: Tensor, target: Tensor, mark: Mark, careful: bool) -> int:
+    # The checksum comes first: a write meanwhile is then taken for a difference, never missed.
+    result = checksum(source) if careful else 0
     copier.upload(source, target, mark)
-    return 0
+    return result
+
+
+def checksum(flat: Tensor) -> int:
+    """crc32c of a flat CPU tensor's bytes."""
+    return int(crc32c(vm.buffer_at(flat.data_ptr(), flat.nbytes)))
 
 
 def neighbours(family: Family, elements: int) -> list[list[int]]:

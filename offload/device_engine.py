@@ -42,6 +42,9 @@ class DeviceEngine(Engine):
         if self.frames.outdated(param):
             self._discard(self.frames.chunks[chunk])
         self.need(phase, (Need(chunk, Access.READ),))
+        if self.frames.scrutiny.careful and self.frames.differs(chunk):
+            self._discard(self.frames.chunks[chunk])
+            self.need(phase, (Need(chunk, Access.READ),))
         return self.frames.view(param)
 
     def retire(self) -> None:
@@ -145,7 +148,7 @@ class Device:
 
     def end_pass(self) -> None:
         """User code runs from here."""
-        self.engine.frames.watching = False
+        self.engine.frames.scrutiny.watching = False
         if not self.trust_versions:
             self.engine.retire()
 

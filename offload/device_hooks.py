@@ -12,7 +12,8 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from types import FrameType
 from typing import Any
 
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_map
-from torch.utils.hooks import RemovableHandle
 
 from offload.bind import Binding, Home
 from offload.device import frame_dtype
@@ -88,7 +88,6 @@ class DeviceHooks:
         self, model: nn.Module, engine: Engine, binding: Binding, steps: Steps, device: Device,
         on_grad: Callable[[nn.Parameter], None] | None = None,
     ) -> None:  # fmt: skip
-        self._model = model
         self._binding = binding
         self._levels = (steps, device.steps)
         self._host = engine
@@ -96,30 +95,26 @@ class DeviceHooks:
         self._lock = threading.RLock()
         self._grads = GradientHomes(engine, binding, on_grad)
         self._pass = _Pass()
-        self._handles = self._attach()
-        self._moved = move_buffers(model, device.place)
-        attach(model, self._read)
+        self._shared = _shared_params(model)
+        level = device.engine
+        activations = Activations(self._take_activation, level.given_back.append)
+        self._saved = SavedInFrames(
+            level.frames, self._fetch_saved, activations, self._pass.running
+        )
+        level.largest_gradient_bytes = max((c.size_bytes for c in level.frames.chunks), default=0)
+        self._undo = ExitStack()
+        self._attach(model)
 
     def remove(self) -> None:
         """Detach everything; the model reads its parameters themselves again."""
         self._leave_contexts()
-        detach(self._model)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for module, name in self._moved:
-            buffer = module._buffers[name]
-            module._buffers[name] = buffer.cpu() if buffer is not None else None
-        self._device.close()
+        self._undo.close()
 
-    def _attach(self) -> list[RemovableHandle]:
-        model, engine = self._model, self._device.engine
-        activations = Activations(self._take_activation, engine.given_back.append)
-        self._saved = SavedInFrames(
-            engine.frames, self._fetch_saved, activations, self._pass.running
-        )
-        self._shared = _shared_params(model)
-        engine.largest_gradient_bytes = max((c.size_bytes for c in engine.space.chunks), default=0)
+    def _attach(self, model: nn.Module) -> None:
+        undo = self._undo
+        undo.callback(self._device.close)
+        undo.callback(move_buffers, model, torch.device("cpu"))
+        move_buffers(model, self._device.place)
         handles = [
             model.register_forward_pre_hook(Hook(self._enter_root), prepend=True, with_kwargs=True),
             model.register_forward_hook(Hook(self._leave_root), always_call=True),
@@ -129,7 +124,10 @@ class DeviceHooks:
                 before, after = self._gradient(home)
                 handles.append(home.param.register_hook(Hook(before)))
                 handles.append(home.param.register_post_accumulate_grad_hook(Hook(after)))
-        return handles
+        for handle in handles:
+            undo.callback(handle.remove)
+        undo.callback(detach, model)
+        attach(model, self._read)
 
     # -- forward ----------------------------------------------------------------------------
 
@@ -140,7 +138,8 @@ class DeviceHooks:
             self._leave_contexts()  # an interrupt may have skipped the last leave
             self._end_pass()
             self._grads.in_flight.clear()
-            check_parameters(self._model, self._binding)
+            check_parameters(module, self._binding)
+            self._device.engine.frames.scrutiny.careful = has_user_hooks(module)
             kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
             modes = [steps.begin(kind) for steps in self._levels]
         if kind is Kind.TRAIN:
@@ -149,10 +148,10 @@ class DeviceHooks:
             ))  # fmt: skip
         if modes[1] is Mode.RECORD:
             self._pass.before = DeviceBefore(module, self._device.place)
-            self._push(AllocationGuard(self._foresee, self._pass.running))
-            self._device.engine.frames.watching = True
+            self._push(AllocationGuard(self._foresee, self._pass.computing))
+            self._device.engine.frames.scrutiny.watching = True
         self._pass.frame = caller_of_hooks()
-        return tree_map(self._to_device, (args, kwargs))
+        return self._moved(args, kwargs)
 
     def _leave_root(self, module: nn.Module, args: object, output: object) -> None:
         with self._lock:
@@ -166,22 +165,35 @@ class DeviceHooks:
             else:
                 self._host.leave_forward()
 
-    def _to_device(self, x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        floating = x.is_floating_point()
-        return x.to(self._device.place, self._device.dtype if floating else None)
+    def _moved(self, args: Any, kwargs: Any) -> Any:
+        """The model's inputs where and as they are computed with; None: as they are.
+
+        Only containers of plain data are looked into: a cache object must stay the user's own.
+        """
+        place, dtype = self._device.place, self._device.dtype
+        if place.type == "cpu" and dtype is None:
+            return None
+
+        def move(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return x.to(place, dtype if x.is_floating_point() else None)
+
+        return tree_map(move, (args, kwargs), lambda x: not isinstance(x, list | tuple | dict))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """One thread at a time; a refused forward pass leaves random state and buffers alone."""
         with self._lock:
+            self._pass.depth += 1
             try:
                 yield
             except BudgetError:
                 if self._pass.before is not None:
                     self._pass.before.restore()
                 raise
+            finally:
+                self._pass.depth -= 1
 
     def _take_activation(self, size_bytes: int, what: str) -> None:
         with self._locked():
@@ -211,7 +223,7 @@ class DeviceHooks:
                 phase = Phase.BACKWARD if recomputes else Phase.FORWARD
                 view = self._device.engine.serve(phase, param)
         if param.requires_grad and torch.is_grad_enabled():
-            return Use.apply(param, view, self._gradient_out)  # type: ignore[no-any-return, no-untyped-call]
+            return Use.apply(param, view, self._gradient_out)  # type: ignore[no-any-return]
         return view
 
     def _fetch_saved(self, param: nn.Parameter) -> None:
@@ -277,6 +289,27 @@ class DeviceHooks:
             self._pass.contexts.pop().__exit__(None, None, None)
 
 
+def has_user_hooks(model: nn.Module) -> bool:
+    """Whether code of the user's runs within passes: hooks on modules or parameters."""
+    of_modules = (
+        hooks
+        for m in model.modules()
+        for hooks in (
+            m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+        )
+    )  # fmt: skip
+    of_params = (
+        hooks or {}
+        for p in model.parameters()
+        for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)
+    )
+    return any(
+        not isinstance(hook, Hook)
+        for hooks in chain(of_modules, of_params)
+        for hook in hooks.values()
+    )
+
+
 def compiled(model: nn.Module) -> bool:
     """Whether torch.compile is at work on the model, on a part of it, or on what calls it."""
     if torch.compiler.is_compiling():
@@ -307,6 +340,11 @@ class _Pass:
         self.backward = False
         self.contexts: list[Any] = []
         self.before: Before | None = None
+        self.depth = 0  # above 0: our own code runs, whose frames are debited otherwise
+
+    def computing(self) -> bool:
+        """Whether it is the model itself that allocates."""
+        return not self.depth and self.running()
 
     def running(self) -> bool:
         """Whether the model's forward is on this thread's stack.
@@ -344,13 +382,10 @@ def _shared_params(model: nn.Module) -> set[nn.Parameter]:
     return {p for p, n in holders.items() if n > 1}
 
 
-def move_buffers(model: nn.Module, place: torch.device) -> list[tuple[nn.Module, str]]:
-    """Put buffers on the device, shared ones once; returns which were moved."""
-    moved: list[tuple[nn.Module, str]] = []
+def move_buffers(model: nn.Module, place: torch.device) -> None:
+    """Put buffers on the device, shared ones once."""
     copies: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != place.type:
                 module._buffers[name] = copies.setdefault(buffer, buffer.to(place))
-                moved.append((module, name))
-    return moved

@@ -252,7 +252,11 @@ class Engine:
 
     def _finish_leaving(self, chunk: Chunk) -> None:
         del self._leaving[chunk.id]
-        self._moving(chunk, "written to", lambda: self.space.finish_save(chunk))
+        try:
+            self.space.finish_save(chunk)
+        except OSError:  # still resident and dirty: a fault that has passed costs nothing
+            self.space.start_save(chunk)
+            self._moving(chunk, "written to", lambda: self.space.finish_save(chunk))
         # Outside the update user code (a hook) may have written since: then it is written again.
         if self.phase is not Phase.UPDATE and not self.space.unchanged(chunk):
             chunk.dirty = True
@@ -285,9 +289,7 @@ class Engine:
 
     def _install(self, chunk: Chunk) -> None:
         user_code = self.phase is not Phase.UPDATE
-        self._moving(
-            chunk, "read from", lambda: self.space.install(chunk, user_code=user_code)
-        )
+        self._moving(chunk, "read from", lambda: self.space.install(chunk, user_code=user_code))
         self._resident[chunk.id] = None
 
     def _moving(self, chunk: Chunk, how: str, work: Callable[[], None]) -> None:

@@ -248,7 +248,7 @@ def _forward_backward(session: _Session, rows: list[int]) -> float:
     for first in range(0, len(rows), size):
         chosen = rows[first : first + size]
         loss = _loss(session, blocks, chosen) * (_target_count(blocks, chosen) / targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.item()
     return total
 

@@ -20,9 +20,7 @@ class AllocationGuard(TorchDispatchMode):
     are counted when autograd saves their result.
     """
 
-    def __init__(
-        self, foresee: Callable[[int, str], None], running: Callable[[], bool]
-    ) -> None:
+    def __init__(self, foresee: Callable[[int, str], None], running: Callable[[], bool]) -> None:
         super().__init__()
         self._running = running
         self._foresee = foresee

@@ -79,9 +79,7 @@ class Hooks:
         )
         self._largest_input = 0
         self._root = [
-            model.register_forward_pre_hook(
-                Hook(self._enter_root), prepend=True, with_kwargs=True
-            ),
+            model.register_forward_pre_hook(Hook(self._enter_root), prepend=True, with_kwargs=True),
             model.register_forward_hook(Hook(self._leave_root), always_call=True),
         ]
         self._inner = self._attach(model)

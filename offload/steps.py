@@ -64,9 +64,7 @@ class _Suspended:
 class Steps:
     """Opens and closes steps on the engine. ``plan_for`` may be None: always on demand."""
 
-    def __init__(
-        self, engine: Engine, plan_for: Planner | None, *, may_fit: bool = True
-    ) -> None:
+    def __init__(self, engine: Engine, plan_for: Planner | None, *, may_fit: bool = True) -> None:
         self.watch = Watch(lambda: engine.ledger.used_bytes + engine.ledger.held_bytes)
         self._may_fit = may_fit
         self.tracks = {kind: Track() for kind in Kind}
@@ -85,9 +83,7 @@ class Steps:
         if self.current is kind:
             return self.tracks[kind].mode
         if self.current is not None:
-            self._suspended = _Suspended(
-                self.current, self._engine.recorder, self._engine.follower
-            )
+            self._suspended = _Suspended(self.current, self._engine.recorder, self._engine.follower)
             self._engine.settle()
         self.current = kind
         track = self.tracks[kind]

@@ -145,9 +145,7 @@ def _family_groups(
     groups = []
     for indices in _neighbours(family):
         chunks = sorted({c for i in indices for c in family.layout.chunks_of(i)})
-        segments = tuple(
-            Segment(family.params[i], 0, family.params[i].numel()) for i in indices
-        )
+        segments = tuple(Segment(family.params[i], 0, family.params[i].numel()) for i in indices)
         groups.append((segments, _needs(family, tuple(chunks))))
     return groups
 

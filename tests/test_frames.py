@@ -252,7 +252,8 @@ class Keeper(nn.Module):
         self.kept: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.kept.append(self.layers[0].weight.detach().t())
+        first: Any = self.layers[0]
+        self.kept.append(first.weight.detach().t())
         for layer in self.layers:
             out: Tensor = layer(x)
             x = torch.tanh(out)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 if TYPE_CHECKING:
     from tests.conftest import Life, Twins
 
-ROOMY = 2**20
+TIGHT = 160 * 1024
 BuildOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 
@@ -53,7 +53,12 @@ def test_odd_parameters(twins: Twins) -> None:
     def trained(params: list[nn.Parameter]) -> Optimizer:
         return torch.optim.AdamW([p for p in params if p.requires_grad], lr=1e-2)
 
-    twins(lambda life: life.steps(5), build=Odd, build_optimizer=trained, host_bytes=ROOMY)
+    def live(life: Life) -> None:
+        for seed in range(5):
+            life.steps(1, seed)
+            life.evict()
+
+    twins(live, build=Odd, build_optimizer=trained, host_bytes=2**20)
 
 
 class Pictures(nn.Module):
@@ -64,7 +69,8 @@ class Pictures(nn.Module):
         torch.manual_seed(7)
         self.layers = nn.Sequential(
             nn.Conv2d(1, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 48, 3),
-            nn.BatchNorm2d(48), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 8),
+            nn.BatchNorm2d(48), nn.Conv2d(48, 48, 3, padding=1), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(48, 8),
         ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:  # [rows, 64] -> [rows, 8]
@@ -115,14 +121,14 @@ def parametrized() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "build",
+    ("build", "host_kib"),
     [
-        Pictures, Sequences, parametrized, lambda: Recomputed(reentrant=True),
-        lambda: Recomputed(reentrant=False),
+        (Pictures, 400), (Sequences, 304), (parametrized, 160),
+        (lambda: Recomputed(reentrant=True), 208), (lambda: Recomputed(reentrant=False), 208),
     ],
     ids=["channels-last", "recurrent", "parametrized", "reentrant", "non-reentrant"],
 )  # fmt: skip
-def test_kinds_of_models(twins: Twins, build: Callable[[], nn.Module]) -> None:
+def test_kinds_of_models(twins: Twins, build: Callable[[], nn.Module], host_kib: int) -> None:
     def live(life: Life) -> None:
         life.steps(3)
         life.model.eval()
@@ -131,7 +137,7 @@ def test_kinds_of_models(twins: Twins, build: Callable[[], nn.Module]) -> None:
         life.model.train()
         life.steps(2)
 
-    twins(live, build=build, host_bytes=ROOMY)
+    twins(live, build=build, host_bytes=host_kib * 1024)
 
 
 OPTIMIZERS: dict[str, BuildOptimizer] = {
@@ -149,5 +155,5 @@ OPTIMIZERS: dict[str, BuildOptimizer] = {
 def test_optimizers(twins: Twins, name: str) -> None:
     twins(
         lambda life: life.steps(5), build=small_mlp, build_optimizer=OPTIMIZERS[name],
-        host_bytes=512 * 1024,
+        host_bytes=TIGHT,
     )  # fmt: skip

@@ -205,7 +205,7 @@ def test_weights_evicted_between_forward_and_backward(twins: Twins) -> None:
         for seed in range(5):
             loss = life.loss(seed)
             life.evict()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             life.note(loss, [p.grad for p in life.params])
             life.evict()
             life.optimizer.step()

@@ -7,7 +7,6 @@ come later; compute waits for its event on the stream, not on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,6 +47,10 @@ class Copier(Protocol):
         """Wait, on the host, until the device side is over too."""
         ...
 
+    def close(self) -> None:
+        """Free the staging memory; nothing is in flight."""
+        ...
+
 
 class PlainCopier:
     """Frames in host memory: a copy is a copy."""
@@ -62,6 +65,9 @@ class PlainCopier:
 
     def drain(self, mark: Mark) -> None:
         """The same."""
+
+    def close(self) -> None:
+        """There is no staging memory."""
 
 
 class CudaCopier:
@@ -101,6 +107,13 @@ class CudaCopier:
     def drain(self, mark: Mark) -> None:
         if isinstance(mark.arrived, torch.cuda.Event):
             mark.arrived.synchronize()
+
+    def close(self) -> None:
+        self._stream.synchronize()
+        for buffer in self._staging:
+            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+            vm.release(buffer.data_ptr(), STAGING_BYTES)
+        self._staging.clear()
 
     def _stage(self, source: Tensor, like: Tensor) -> Tensor:
         """The source, converted, in a staging buffer whose last copy has left."""
@@ -145,11 +158,10 @@ class LendingHomes(HomeSpace):
         super().__init__(*args)  # type: ignore[arg-type]
         self._readers: dict[int, list[tuple[Lane, Ticket]]] = {}
 
-    def lend(self, chunk: Chunk, lane: Lane, ticket: Ticket, work: Callable[[], int]) -> None:
-        """Submit a copy from this chunk's home, which must be resident."""
+    def lend(self, chunk: Chunk, lane: Lane, ticket: Ticket) -> None:
+        """A copy from this chunk's home, which is resident, is about to be submitted."""
         readers = [r for r in self._readers.get(chunk.id, []) if not r[1].done]
         self._readers[chunk.id] = [*readers, (lane, ticket)]
-        lane.submit(ticket, work, chunk.size_bytes)
 
     def drop(self, chunk: Chunk, *, dead: bool = False) -> None:
         for lane, ticket in self._readers.pop(chunk.id, []):

@@ -45,9 +45,7 @@ class KvikioFile(SpillFile):
         self._cufile.close()
         super().close()
 
-    def _move(
-        self, move: Callable[..., Any], address: int, size_bytes: int, offset: int
-    ) -> None:
+    def _move(self, move: Callable[..., Any], address: int, size_bytes: int, offset: int) -> None:
         memory = np.frombuffer(memoryview(vm.buffer_at(address, size_bytes)), dtype=np.uint8)
         moved = move(memory, size=size_bytes, file_offset=offset).get()
         if moved != size_bytes:

@@ -91,9 +91,7 @@ class Machine:
         )
         rest_read = read_bytes - both_s * self.mixed_read_bytes_per_s
         rest_write = write_bytes - both_s * self.mixed_write_bytes_per_s
-        joint_s = (
-            both_s + rest_read / self.read_bytes_per_s + rest_write / self.write_bytes_per_s
-        )
+        joint_s = both_s + rest_read / self.read_bytes_per_s + rest_write / self.write_bytes_per_s
         return min(alone_s, joint_s)
 
     def to_dict(self) -> dict[str, float]:
