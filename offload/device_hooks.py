@@ -179,7 +179,10 @@ class DeviceHooks:
                 return x
             return x.to(place, dtype if x.is_floating_point() else None)
 
-        return tree_map(move, (args, kwargs), lambda x: not isinstance(x, list | tuple | dict))
+        def opaque(x: Any) -> bool:
+            return not isinstance(x, list | tuple | dict)
+
+        return tree_map(move, (args, kwargs), is_leaf=opaque)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
