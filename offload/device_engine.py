@@ -13,6 +13,7 @@ from offload.device import DeviceSpace
 from offload.engine import Engine
 from offload.errors import BudgetError
 from offload.ledger import Ledger
+from offload.prefetch.plan import Ops
 from offload.prefetch.trace import Access, Need, Phase
 from offload.steps import Kind, Steps
 from offload.tiers.home import Chunk, HomeSpace
@@ -27,11 +28,14 @@ class DeviceEngine(Engine):
         super().__init__(cast(HomeSpace, space), ledger)
         self.frames = space
         self.given_back: deque[int] = deque()  # bytes of activations; any thread may append
-        self._owed: set[int] = set()
+        self._owed: set[int] = set()  # wanted by the plan, given up at the end of a pass
+        self._put_off: set[int] = set()  # planned drops of chunks that tensors still refer to
 
     def need(self, phase: Phase, needs: tuple[Need, ...]) -> None:
         self.frames.phase = phase
         self._collect()
+        self._put_off.difference_update(n.chunk for n in needs)
+        self._drop_late()
         if self._owed:
             self._queue_again()
         super().need(phase, needs)
@@ -53,6 +57,7 @@ class DeviceEngine(Engine):
         for c in gone:
             self._discard(self.frames.chunks[c])
         self._last = ()
+        self._put_off.clear()
         if self.follower is not None:
             self._owed.update(gone)
 
@@ -72,6 +77,23 @@ class DeviceEngine(Engine):
         self.make_room_for(size_bytes, what)
         if self.recorder is not None:
             self.recorder.see_other(self.ledger.other_bytes + size_bytes)
+
+    def _issue(self, ops: Ops) -> None:
+        # Autograd may hold views of what the plan would drop. That would give no room, and the
+        # chunk would soon be there twice.
+        viewed = {c for c in ops.drops if self._is_viewed(c)}
+        self._put_off |= viewed
+        super()._issue(Ops(tuple(c for c in ops.drops if c not in viewed), ops.loads))
+
+    def _drop_late(self) -> None:
+        for c in [c for c in self._put_off if not self._is_viewed(c)]:
+            self._put_off.discard(c)
+            if c in self._resident:
+                self._discard(self.frames.chunks[c])
+
+    def _is_viewed(self, chunk: int) -> bool:
+        frame = self.frames.chunks[chunk].frame
+        return frame is not None and self.frames.pool.viewed(frame)
 
     def _queue_again(self) -> None:
         assert self.follower is not None
@@ -108,10 +130,7 @@ class DeviceEngine(Engine):
 
     def _victim(self, keep: set[int]) -> Chunk | None:
         """As on the host, of those that no tensor refers to: others would give no room."""
-        viewed = {
-            c for c in self._resident
-            if (frame := self.frames.chunks[c].frame) is not None and self.frames.pool.viewed(frame)
-        }  # fmt: skip
+        viewed = {c for c in self._resident if self._is_viewed(c)}
         return super()._victim(keep | viewed)
 
     def _refuse(self, size_bytes: int, keep: set[int], what: str) -> NoReturn:

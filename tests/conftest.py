@@ -118,14 +118,8 @@ def copied(value: object) -> Any:
 class Workload:
     """A model to train and the batches it eats."""
 
-    build: Callable[[], nn.Module]
+    build: Callable[[], Any]
     batch: Callable[[torch.Generator], dict[str, Tensor]]
-
-
-def as_module(model: Any) -> nn.Module:
-    """A type for what comes from an untyped library."""
-    assert isinstance(model, nn.Module)
-    return model
 
 
 def _tokens(generator: torch.Generator) -> dict[str, Tensor]:
@@ -133,55 +127,47 @@ def _tokens(generator: torch.Generator) -> dict[str, Tensor]:
     return {"input_ids": x, "labels": x}
 
 
-def _gpt2() -> nn.Module:
+def _gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return as_module(
-        GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=192, n_embd=48, n_layer=3, n_head=4, n_positions=32, bos_token_id=0,
-                eos_token_id=0,
-            )
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=192, n_embd=48, n_layer=3, n_head=4, n_positions=32, bos_token_id=0,
+            eos_token_id=0,
         )
     )  # fmt: skip
 
 
-def _llama(*, tied: bool) -> nn.Module:
+def _llama(*, tied: bool) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return as_module(
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=192, hidden_size=64, intermediate_size=112, num_hidden_layers=3,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-                tie_word_embeddings=tied,
-            )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=192, hidden_size=64, intermediate_size=112, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+            tie_word_embeddings=tied,
         )
     )  # fmt: skip
 
 
-def _t5() -> nn.Module:
+def _t5() -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    return as_module(
-        T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=192, d_model=48, d_kv=12, d_ff=96, num_layers=2, num_heads=4,
-                decoder_start_token_id=0,
-            )
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=192, d_model=48, d_kv=12, d_ff=96, num_layers=2, num_heads=4,
+            decoder_start_token_id=0,
         )
     )  # fmt: skip
 
 
-def _vit() -> nn.Module:
+def _vit() -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
-    return as_module(
-        ViTForImageClassification(
-            ViTConfig(
-                hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96,
-                image_size=16, patch_size=8, num_labels=5, hidden_dropout_prob=0.1,
-            )
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96,
+            image_size=16, patch_size=8, num_labels=5, hidden_dropout_prob=0.1,
         )
     )  # fmt: skip
 
@@ -193,16 +179,14 @@ def _images(generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def _mixtral() -> nn.Module:
+def _mixtral() -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    return as_module(
-        MixtralForCausalLM(
-            MixtralConfig(
-                vocab_size=192, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
-                num_experts_per_tok=2, max_position_embeddings=32, output_router_logits=True,
-            )
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=192, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+            num_experts_per_tok=2, max_position_embeddings=32, output_router_logits=True,
         )
     )  # fmt: skip
 
@@ -228,7 +212,7 @@ class Zoo:
     def build(self, name: str, checkpointing: str = "off") -> nn.Module:
         """A seeded model in training mode. ``checkpointing``: off, reentrant, non-reentrant."""
         torch.manual_seed(11)
-        model = ZOO[name].build().train()
+        model: nn.Module = ZOO[name].build().train()
         if checkpointing != "off":
             reentrant = checkpointing == "reentrant"
             old: Any = getattr(model, "gradient_checkpointing_enable", None)  # before 5.23

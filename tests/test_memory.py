@@ -34,7 +34,7 @@ needs_cgroup = pytest.mark.skipif(not _cgroup_is_writable(), reason="no writable
 def _run(disk: Path, *options: str) -> dict[str, object]:
     command = [
         sys.executable, str(BENCH), "--shape", "250m", "--limit", "1GiB", "--budget", "500MiB",
-        "--disk", str(disk), "--results", str(disk / "memory.jsonl"), *options,
+        "--disk", str(disk), "--steps", "3", "--results", str(disk / "memory.jsonl"), *options,
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     result: dict[str, object] = json.loads((disk / "memory.jsonl").read_text().splitlines()[-1])

@@ -323,5 +323,7 @@ def test_other_dtype_in_mid_run(twins: Twins, dtype: torch.dtype, host_kib: int)
             life.optimizer.zero_grad()
 
     twins(
-        live, build_optimizer=lambda params: torch.optim.SGD(params, lr=0.1), host_bytes=host_kib * 1024
-    )  # fmt: skip
+        live,
+        build_optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+        host_bytes=host_kib * 1024,
+    )

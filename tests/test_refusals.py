@@ -144,11 +144,8 @@ def test_flipped_bit_in_the_spill_file_names_the_chunk(
 
 @pytest.mark.parametrize("fault", ["read", "write"])
 def test_disk_error_surfaces_and_nothing_is_wrong_afterwards(
-    manage: Manager, twins: Twins, monkeypatch: pytest.MonkeyPatch, fault: str,
-    request: pytest.FixtureRequest,
-) -> None:  # fmt: skip
-    if fault == "write" and twins.mode.prefetch:
-        request.applymarker(pytest.mark.xfail(strict=False, reason="a failed write stays (B22c)"))
+    manage: Manager, twins: Twins, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     life = faulty_life(manage, twins)
     assert life.run is not None
     disk = life.run.parts.engine.space.disk

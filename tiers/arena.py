@@ -187,7 +187,11 @@ class DeviceArena(FramePool):
 
     def owner_of(self, tensor: Tensor) -> int | None:
         """Who uses the frame under a tensor; None when the tensor is not in the arena."""
-        return self._owners.get(tensor.untyped_storage().data_ptr())
+        return self.owner_at(tensor.untyped_storage().data_ptr())
+
+    def owner_at(self, address: int) -> int | None:
+        """Who uses, or used, the frame at this address."""
+        return self._owners.get(address)
 
     def lend(self, frame: Frame) -> Tensor:
         """A uint8 tensor over the whole frame, which stays in use until every view of it dies."""
@@ -220,10 +224,15 @@ class DeviceArena(FramePool):
         self.trim()
 
     @property
-    def viewed_bytes(self) -> int:
-        """Bytes that were given back but cannot be reused yet."""
+    def waiting(self) -> list[Frame]:
+        """Frames that were given back but cannot be reused yet."""
         self.collect()
-        return sum(f.size_bytes for f in self._waiting.values())
+        return list(self._waiting.values())
+
+    @property
+    def viewed_bytes(self) -> int:
+        """Bytes of those."""
+        return sum(f.size_bytes for f in self.waiting)
 
     def _end(self, address: int) -> None:
         """A lease has ended, on whichever thread; its owner looks when it next needs room."""
