@@ -31,7 +31,7 @@ from offload.prefetch.trace import Access, Need, Phase
 from offload.tiers import vm
 from offload.tiers.arena import DeviceArena
 from offload.tiers.copy import Copier, LendingHomes, Mark, Upload
-from offload.tiers.home import Backing, Chunk, Region
+from offload.tiers.home import Backing, Chunk, HomeSpace, Region
 from offload.tiers.lane import Lane, Ticket
 
 _LAYER = re.compile(r"(?:.*?\.)?\d+\.")  # "model.layers.3." of "model.layers.3.mlp.up.weight"
@@ -96,7 +96,6 @@ class DeviceSpace:
     def __init__(self, arena: DeviceArena, lane: Lane, copier: Copier, host: Engine) -> None:
         self.chunks: list[Chunk] = []
         self.pool = arena
-        self.disk = host.space  # what stands below; homes are never absent
         self.lanes = {"read": lane}
         self.slots: dict[nn.Parameter, Slot] = {}
         self.phase = Phase.FORWARD
@@ -122,6 +121,11 @@ class DeviceSpace:
                 self.slots[param] = Slot(
                     chunk.id, index, starts[i] - start, param.shape, dense_strides(param), dtype
                 )
+
+    @property
+    def disk(self) -> HomeSpace:
+        """What stands below, where the engine of the host has its disk."""
+        return self._host.space
 
     # -- what the engine asks for -----------------------------------------------------------
 

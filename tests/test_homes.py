@@ -113,8 +113,7 @@ class Rig:
 
 @pytest.fixture
 def rig(tmp_path: Path) -> Iterator[Rig]:
-    rig = Rig(SlowDisk(tmp_path))
-    yield rig
+    yield (rig := Rig(SlowDisk(tmp_path)))
     rig.space.close()
 
 
@@ -217,9 +216,8 @@ def test_write_during_an_own_write_is_not_taken_for_corruption(rig: Rig) -> None
 
 
 def test_write_right_after_eviction_is_kept(rig: Rig) -> None:
-    """Many times: a clock with coarse ticks would miss some."""
     chunk = rig.evicted(0, 1.0)
-    for n in range(40):
+    for n in range(40):  # a clock with coarse ticks would miss some
         rig.tensors[0].fill_(float(n))
         rig.load(chunk)
         assert all_are(rig.tensors[0], float(n))
@@ -261,9 +259,7 @@ def test_homes_outlive_the_space_while_a_tensor_lives(tmp_path: Path) -> None:
     rig.space.close()
     del rig
     gc.collect()
-    assert all_are(tensor, 6.0)
-    tensor.add_(1.0)
-    assert all_are(tensor, 7.0)
+    assert all_are(tensor.add_(1.0), 7.0)
 
 
 def test_without_disk_nothing_can_be_evicted() -> None:
