@@ -1,0 +1,39 @@
+"""P4: a step moves no bytes it need not; cleared gradients above all are never read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import offload
+from offload.config import Tuning
+from offload.prefetch.trace import Access, Phase
+from offload.steps import Kind
+from offload.tiers.spec import Machine
+
+MACHINE = Machine(1.8e9, 5.5e9, 1.4e9, 1.4e9, 1e10)
+
+
+def test_cleared_gradients_start_fresh_and_are_not_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: Any = torch.nn.Sequential(*(torch.nn.Linear(128, 128) for _ in range(12)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    tuning = Tuning(chunk_bytes=65536, machine=MACHINE)
+    offload.wrap(model, optimizer, host_memory="700KiB", disk=tmp_path, tuning=tuning)
+    for _ in range(4):
+        model(torch.randn(4, 128)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with offload.runtime(model) as run:
+        trace = run.parts.steps.tracks[Kind.TRAIN].trace
+        assert trace is not None
+        grads = {c for h in run.parts.binding.homes.values() for c in h.grad_chunks}
+        first: dict[int, Access] = {}
+        for moment in trace.moments:
+            if moment.phase is Phase.BACKWARD:
+                for need in moment.needs:
+                    first.setdefault(need.chunk, need.access)
+        assert run.stats()["counters"]["evictions"] > 50
+        assert {first[c] for c in grads} == {Access.FRESH}
