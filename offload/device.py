@@ -222,12 +222,15 @@ class DeviceSpace:
         return known[1][slot.index] != param._version
 
     def differs(self, chunk: int) -> bool:
-        """Whether homes no longer hold what was copied, or cannot be compared at little cost."""
+        """Whether homes no longer hold what was copied.
+
+        Homes that were evicted since are fetched for it. To copy anew instead would cost as much
+        and leave the chunk on the device twice, where autograd holds views of the older copy.
+        """
         upload, _ = self._uploads[chunk]
         pieces = self._sources[chunk].pieces()
         for ticket, (host_chunk, start, stop) in zip(upload.tickets, pieces, strict=True):
-            if self._host.space.chunks[host_chunk].backing is not Backing.RAM:
-                return True
+            self._host.need(self.phase, (Need(host_chunk, Access.READ),))
             if checksum(self._sources[chunk].home(start, stop)) != ticket.result:
                 return True
         return False
