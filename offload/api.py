@@ -12,24 +12,21 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from offload.attach import How, attach
 from offload.bind import Binding, Family, build_family, family_keys, refuse_odd_parameters
 from offload.config import Given, Size, Tuning, understand
-from offload.device_hooks import DeviceHooks
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError, SpillError
 from offload.homing import adopt_parameter
-from offload.hooks import Hooks
 from offload.ledger import Ledger
-from offload.optim.clip import GradNorms
 from offload.optim.mirror import OptimizerProfile, profile
-from offload.optim.step import ChunkedStep, Clip
 from offload.place import build_device, choose, refuse_hopeless, with_place
 from offload.prefetch.plan import Plan
 from offload.prefetch.planner import DoesNotFit, plan
 from offload.prefetch.trace import Trace
 from offload.run import Parts, Runtime
 from offload.scratch import ScratchMode
-from offload.steps import Kind, Steps
+from offload.steps import Steps
 from offload.tiers.copy import LendingHomes
 from offload.tiers.disk import DiskFull, SpillFile
 from offload.tiers.fake import AdversarialLane
@@ -39,7 +36,6 @@ from offload.tiers.lane import Lane, ThreadLane
 from offload.tiers.layout import choose_chunk_bytes
 from offload.tiers.probe import cached_probe
 from offload.tiers.spec import Machine, format_size
-from offload.update import NotedGradients, UpdateStore
 
 M = TypeVar("M", bound=nn.Module)
 DISK_WORKERS = 2  # per direction: one transfer saturates the disk, a second hides the hand-over
@@ -77,6 +73,7 @@ def wrap(
     disk: str | os.PathLike[str] | None = None,
     disk_memory: Size | None = None,
     max_grad_norm: float | None = None,
+    step_in_backward: bool = False,
     tuning: Tuning | None = None,
 ) -> tuple[M, Optimizer | None]:
     """Manage a model's weights, gradients and optimizer state in tiers; the same objects return.
@@ -89,6 +86,10 @@ def wrap(
     ``compute_dtype`` (bfloat16, float16): frames hold converted copies, the weights themselves,
     gradients and the update stay as they are; floating inputs are converted.
     ``max_grad_norm`` clips as ``clip_grad_norm_`` would, sparing a pass over the gradients.
+    ``step_in_backward``: weights are updated while the backward pass runs, same bits with less
+    to move; after ``backward()`` there are no gradients, ``optimizer.step()`` does what is left.
+    Together with ``max_grad_norm`` the update waits for the norm, as without it. Not for
+    ``GradScaler``; if ``backward()`` raises, weights may be between two steps.
 
     Raises BudgetError (before anything is moved) when the budgets are too small,
     CoupledOptimizerError for optimizers that mix parameters, SpillError when the disk is full.
@@ -97,7 +98,7 @@ def wrap(
     if given is None:
         given = understand(host_memory, disk, disk_memory, device_memory)
         given = with_place(given, choose(model, device, compute_dtype, tuning or Tuning()))
-    _manage(model, optimizer, given, max_grad_norm, tuning or Tuning())
+    _manage(model, optimizer, given, How(max_grad_norm, step_in_backward), tuning or Tuning())
     return model, optimizer
 
 
@@ -127,7 +128,7 @@ def init(
             model = factory()
         mode.close()
     given = with_place(given, choose(model, device, compute_dtype, tuning or Tuning()))
-    _manage(model, None, given, None, tuning or Tuning())
+    _manage(model, None, given, How(), tuning or Tuning())
     return model
 
 
@@ -196,7 +197,7 @@ def _manage(
     model: nn.Module,
     optimizer: Optimizer | None,
     given: Given,
-    max_grad_norm: float | None,
+    how: How,
     tuning: Tuning,
 ) -> None:
     for line in given.chosen:
@@ -208,7 +209,7 @@ def _manage(
     if given.place is not None:
         parts.device = build_device(model, parts.engine, parts.binding, given, tuning)
     run = Runtime(model, optimizer, parts, given)
-    _attach(run, learnt, max_grad_norm)
+    attach(run, learnt, how, _say)
     model.__dict__["_offload"] = _Handle(run)
 
 
@@ -256,37 +257,6 @@ def _build(
     may_fit = not tuning.keep_hooks and given.place is None
     steps = Steps(engine, _planner(engine, given, tuning), may_fit=may_fit)
     return Parts(engine, binding, steps)
-
-
-def _attach(run: Runtime, learnt: OptimizerProfile | None, max_grad_norm: float | None) -> None:
-    parts, optimizer = run.parts, run.optimizer
-    noted = NotedGradients(parts.engine, parts.binding)
-    norms = GradNorms(noted.untouched) if max_grad_norm is not None else None
-    on_grad = noted.then(norms.note) if norms else None
-    if parts.device is None:
-        parts.hooks = Hooks(run.model, parts.engine, parts.binding, parts.steps, on_grad)
-    else:
-        parts.hooks = DeviceHooks(
-            run.model, parts.engine, parts.binding, parts.steps, parts.device, on_grad
-        )
-    if optimizer is None or learnt is None:
-        return
-    store = UpdateStore(parts.engine, parts.binding, learnt, optimizer)
-    clip = None
-    if norms is not None and max_grad_norm is not None:
-        clip = Clip(max_grad_norm, tuple(p for p in run.model.parameters()), norms)
-
-    def begin(*_: object) -> None:
-        if parts.device is not None:
-            parts.device.end_step()
-        parts.steps.begin(Kind.TRAIN)
-
-    def end(*_: object) -> None:
-        parts.steps.end()
-
-    parts.handles.append(optimizer.register_step_pre_hook(begin))
-    parts.stepper = ChunkedStep(optimizer, learnt, store, clip=clip)
-    parts.handles.append(optimizer.register_step_post_hook(end))
 
 
 def _lanes(tuning: Tuning) -> tuple[Lane, Lane]:

@@ -47,8 +47,10 @@ class GradientHomes:
     """Gradients on the host: their room while in flight, and their way into homes."""
 
     def __init__(
-        self, engine: Engine, binding: Binding, on_grad: Callable[[nn.Parameter], None] | None
-    ) -> None:
+        self, engine: Engine, binding: Binding, on_grad: Callable[[nn.Parameter], None] | None,
+        keeps: Callable[[Home], bool],
+    ) -> None:  # fmt: skip
+        self._keeps = keeps
         self._engine = engine
         self._binding = binding
         self._on_grad = on_grad
@@ -74,7 +76,9 @@ class GradientHomes:
 
     def after(self, home: Home) -> None:
         """Autograd has added it."""
-        if home not in self._foreign and home.param.grad is not None and not home.grad_is_home:
+        there = home.param.grad is not None
+        made = home not in self._foreign and there and not home.grad_is_home
+        if made and not self._keeps(home):
             settle_gradient(self._engine, self._binding, home)
         self.in_flight.give(home)
         if self._on_grad is not None:
@@ -87,13 +91,14 @@ class DeviceHooks:
     def __init__(
         self, model: nn.Module, engine: Engine, binding: Binding, steps: Steps, device: Device,
         on_grad: Callable[[nn.Parameter], None] | None = None,
+        keeps: Callable[[Home], bool] = lambda _: False,
     ) -> None:  # fmt: skip
         self._binding = binding
         self._levels = (steps, device.steps)
         self._host = engine
         self._device = device
         self._lock = threading.RLock()
-        self._grads = GradientHomes(engine, binding, on_grad)
+        self._grads = GradientHomes(engine, binding, on_grad, keeps)
         self._pass = _Pass()
         self._shared = _shared_params(model)
         level = device.engine

@@ -166,7 +166,7 @@ class Engine:
         if self.follower is not None and self.follower.cursor >= 0:
             planned = self.follower.trace.moments[self.follower.cursor].other_bytes
             return max(planned - self.ledger.other_bytes, 0)
-        return self.largest_gradient_bytes if self.phase is Phase.BACKWARD else 0
+        return self.largest_gradient_bytes if self.phase.in_backward else 0
 
     def _hold_back(self, keep: set[int]) -> None:
         """Make that room where it can be had; where it cannot, taking it will say so."""
@@ -258,7 +258,7 @@ class Engine:
             self.space.start_save(chunk)
             self._moving(chunk, "written to", lambda: self.space.finish_save(chunk))
         # Outside the update user code (a hook) may have written since: then it is written again.
-        if self.phase is not Phase.UPDATE and not self.space.unchanged(chunk):
+        if not self.phase.updates and not self.space.unchanged(chunk):
             chunk.dirty = True
         if chunk.dirty:
             self._evict(chunk)
@@ -288,7 +288,7 @@ class Engine:
         self.ledger.prepare_frame(chunk.size_bytes, idle=pool.has_idle(chunk.size_bytes))
 
     def _install(self, chunk: Chunk) -> None:
-        user_code = self.phase is not Phase.UPDATE
+        user_code = not self.phase.updates
         self._moving(chunk, "read from", lambda: self.space.install(chunk, user_code=user_code))
         self._resident[chunk.id] = None
 

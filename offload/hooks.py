@@ -59,7 +59,9 @@ class Hooks:
     def __init__(
         self, model: nn.Module, engine: Engine, binding: Binding, steps: Steps,
         on_grad: Callable[[nn.Parameter], None] | None = None,
+        keeps: Callable[[Home], bool] = lambda _: False,
     ) -> None:  # fmt: skip
+        self._keeps = keeps
         self._engine = engine
         self._binding = binding
         self._steps = steps
@@ -221,7 +223,8 @@ class Hooks:
                 engine.need(Phase.BACKWARD, whole)
 
         def after(param: Tensor) -> None:
-            if not foreign and param.grad is not None and not home.grad_is_home:
+            made = not foreign and param.grad is not None and not home.grad_is_home
+            if made and not self._keeps(home):
                 settle_gradient(engine, binding, home)
             foreign.clear()
             self._in_flight.give(home)

@@ -68,9 +68,9 @@ class Follower:
     def before_user_code(self) -> bool:
         """Whether the user's own code runs next: after the last moment of a backward pass."""
         moments, at = self.trace.moments, self.cursor
-        if at < 0 or moments[at].phase is not Phase.BACKWARD:
+        if at < 0 or not moments[at].phase.in_backward:
             return False
-        return at + 1 == len(moments) or moments[at + 1].phase is not Phase.BACKWARD
+        return at + 1 == len(moments) or not moments[at + 1].phase.in_backward
 
     def restart(self) -> None:
         """Go back to the start of the step."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
@@ -16,6 +18,7 @@ from offload.bind import Binding
 from offload.config import Given
 from offload.device_engine import Device
 from offload.device_hooks import DeviceHooks
+from offload.early import EarlyUpdate
 from offload.engine import Engine
 from offload.homing import release_all
 from offload.hooks import Hooks
@@ -34,6 +37,7 @@ class Parts:
     hooks: Hooks | DeviceHooks | None = None
     stepper: ChunkedStep | None = None
     device: Device | None = None  # compute in frames; None: where the weights are
+    early: EarlyUpdate | None = None  # updates during the backward pass
     handles: list[RemovableHandle] = field(default_factory=list)
 
 
@@ -106,6 +110,16 @@ class Runtime:
             },
         }
 
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Backward passes in here are not the last of their step (for ``step_in_backward``).
+
+        Gradients add up as usual; the first backward pass after it updates. Without
+        ``step_in_backward`` it changes nothing.
+        """
+        with self.parts.early.paused() if self.parts.early is not None else nullcontext():
+            yield
+
     def save(
         self,
         path: str | os.PathLike[str],
@@ -115,12 +129,16 @@ class Runtime:
         """Write a checkpoint directory, whole or not at all. See ``offload.checkpoint.save``."""
         from offload.checkpoint import save
 
+        if self.parts.early is not None:
+            self.parts.early.refuse_between_steps("save()")
         save(self, path, scheduler=scheduler, extra=extra)
 
     def load(self, path: str | os.PathLike[str], scheduler: Any = None) -> dict[str, Any]:
         """Go on from a checkpoint; returns its ``extra``. See ``offload.checkpoint.load``."""
         from offload.checkpoint import load
 
+        if self.parts.early is not None:
+            self.parts.early.reset()
         return load(self, path, scheduler=scheduler)
 
     def export(self, path: str | os.PathLike[str]) -> None:

@@ -87,7 +87,7 @@ class Steps:
             self._engine.settle()
         self.current = kind
         track = self.tracks[kind]
-        self._make_plan(track)
+        self._make_plan(kind)
         self._moved = {n: lane.meter.moved_bytes for n, lane in self._engine.space.lanes.items()}
         if track.mode is Mode.RECORD:
             self.watch.start()
@@ -118,6 +118,15 @@ class Steps:
         seconds = self.tracks[kind].replayed_s
         return statistics.median(seconds) if seconds else None
 
+    def fits(self, kind: Kind) -> bool:
+        """Whether, by what was recorded, everything can stay in memory."""
+        trace = self.tracks[kind].trace
+        return trace is not None and self._may_fit and self._everything_fits(trace)
+
+    def forget(self, kind: Kind) -> None:
+        """Record the next step of this kind anew: it will touch other things."""
+        self.tracks[kind] = Track(steps=self.tracks[kind].steps)
+
     def _resume(self) -> None:
         before, self._suspended = self._suspended, None
         self.current = before.kind if before else None
@@ -141,10 +150,11 @@ class Steps:
             )  # fmt: skip
             track.trace, track.stale = replace(old, moments=moments), True
 
-    def _make_plan(self, track: Track) -> None:
+    def _make_plan(self, kind: Kind) -> None:
+        track = self.tracks[kind]
         if track.trace is None or not track.stale:
             return
-        track.fits = self._may_fit and self._everything_fits(track.trace)
+        track.fits = self.fits(kind)
         if self._plan_for is None or not track.trace.moments:
             return  # a step may use none of our weights: the user's are in their place
         last = len(track.trace.moments) - 1

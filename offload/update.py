@@ -27,6 +27,7 @@ class UpdateStore:
     def __init__(
         self, engine: Engine, binding: Binding, profile: OptimizerProfile, optimizer: Optimizer
     ) -> None:
+        self.phase = Phase.UPDATE
         self._optimizer = optimizer
         self._engine = engine
         self._binding = binding
@@ -73,7 +74,7 @@ class UpdateStore:
         if any(s.param.grad is not None for s in segments):
             # Gradients that are not in their homes (everything fits, or set by hand) need none.
             live = tuple(n for n in needs if not self._engine.is_dead(n.chunk))
-            self._engine.need(Phase.UPDATE, live)
+            self._engine.need(self.phase, live)
 
     def leave(self, group: UpdateGroup) -> None:
         # The needs were WRITE: the engine takes these chunks for modified already. What is left

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from offload.errors import CoupledOptimizerError
+from offload.errors import CoupledOptimizerError, OffloadError
 
 # Group entries that name parameters; everything else is a value that a step may change.
 _NAMING = frozenset({"params", "param_names"})
@@ -131,6 +131,19 @@ class GroupLedger:
                     self._optimizer,
                     f"{where} {name!r} ends a step as {a!r} over some of the parameters and as "
                     f"{b!r} over others",
+                )
+
+    def check_unchanged(self) -> None:
+        """Raise OffloadError when the groups no longer have the values that the step began with."""
+        for i, (group, start) in enumerate(
+            zip(self._optimizer.param_groups, self._start, strict=True)
+        ):
+            changed = sorted(k for k, v in start.items() if not same(group.get(k), v))
+            if changed:
+                raise OffloadError(
+                    f"param_groups[{i}] {', '.join(changed)} changed after the update had begun in "
+                    "the backward pass: change them before loss.backward(), or wrap without "
+                    "step_in_backward"
                 )
 
     def commit(self) -> None:

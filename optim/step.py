@@ -63,6 +63,7 @@ class _Run:
     group_of: dict[nn.Parameter, int]
     coefficient: Tensor | None
     merges: dict[nn.Parameter, StateMerge] = field(default_factory=dict)
+    done: set[tuple[int, nn.Parameter]] = field(default_factory=set)  # segments stepped ahead
 
 
 class ChunkedStep:
@@ -92,6 +93,7 @@ class ChunkedStep:
         self._piece_elements = piece_elements
         self._homes = StateHomes(optimizer, store)
         self._open: tuple[GroupLedger, Optimizer] | None = None
+        self._ahead: _Run | None = None  # a step that was begun before it was asked for
         self._homes.adopt()
         self._handles: tuple[RemovableHandle, ...] = (
             optimizer.register_step_pre_hook(self._before),
@@ -103,6 +105,28 @@ class ChunkedStep:
         """Remove the hooks: the optimizer steps as torch wrote it. State stays in its homes."""
         for handle in self._handles:
             handle.remove()
+
+    @torch.no_grad()
+    def step_ahead(self, group: UpdateGroup) -> None:
+        """Step what has a gradient in one group now; the next ``optimizer.step()`` leaves it out.
+
+        The caller takes care that those gradients are final, and that a step follows.
+        """
+        if self._ahead is None:
+            self._homes.adopt()
+            self._ahead = self._new_run(None)
+        with_grad = [s.param for s in group.segments if s.param.grad is not None]
+        self._run_group(group, self._ahead)
+        self._ahead.done.update((group.index, p) for p in with_grad)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a step was begun that ``optimizer.step()`` has not finished yet."""
+        return self._ahead is not None
+
+    def forget_ahead(self) -> None:
+        """Give up a step that was begun ahead: weights and state are about to be replaced."""
+        self._ahead = None
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -136,26 +160,35 @@ class ChunkedStep:
     @torch.no_grad()
     def _update(self, empty: Optimizer) -> None:
         """The chunk loop. ``empty`` is the shadow that torch steps afterwards."""
-        group_of = {p: i for i, g in enumerate(self._optimizer.param_groups) for p in g["params"]}
-        if not group_of.keys() <= self._profile.params.keys():
-            self._profile = mirror.profile(self._optimizer)  # add_param_group
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.ledger.check_unchanged()
+        run = ahead or self._new_run(self._coefficient())
         groups = self._store.groups()
-        self._check_cover(groups, group_of)
+        self._check_cover(groups, run.group_of)
         self._homes.adopt()
-        run = _Run(GroupLedger(self._optimizer), group_of, self._coefficient())
-        versions = {p: p._version for p in group_of}
         for group in groups:
-            self._store.enter(group)
-            try:
-                self._step_group(group, run)
-            finally:
-                self._store.leave(group)
-        for param in run.merges:
-            if param._version == versions[param]:  # torch's fused CPU kernels forget to
-                torch.autograd.graph.increment_version(param)
+            self._run_group(group, run)
         run.ledger.commit()
         empty.param_groups = run.ledger.open({}, {}).param_groups
         self._open = (run.ledger, empty)
+
+    def _new_run(self, coefficient: Tensor | None) -> _Run:
+        group_of = {p: i for i, g in enumerate(self._optimizer.param_groups) for p in g["params"]}
+        if not group_of.keys() <= self._profile.params.keys():
+            self._profile = mirror.profile(self._optimizer)  # add_param_group
+        return _Run(GroupLedger(self._optimizer), group_of, coefficient)
+
+    def _run_group(self, group: UpdateGroup, run: _Run) -> None:
+        versions = {s.param: s.param._version for s in group.segments}
+        self._store.enter(group)
+        try:
+            self._step_group(group, run)
+        finally:
+            self._store.leave(group)
+        for param, version in versions.items():
+            if param in run.merges and param._version == version:  # fused CPU kernels forget to
+                torch.autograd.graph.increment_version(param)
 
     def _coefficient(self) -> Tensor | None:
         if self._clip is None:
@@ -171,7 +204,8 @@ class ChunkedStep:
 
     def _step_group(self, group: UpdateGroup, run: _Run) -> None:
         """Step the resident segments of one group, in batches of pieces."""
-        sources = [s for segment in group.segments if (s := self._source(segment, run))]
+        segments = [s for s in group.segments if (group.index, s.param) not in run.done]
+        sources = [s for segment in segments if (s := self._source(segment, run))]
         pieces = [piece for source in sources for piece in cut(source)]
         limits = [n for s in sources if (n := s.sizes.call_elements) is not None]
         for batch in batches(pieces, min(limits, default=None)):

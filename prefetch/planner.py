@@ -115,7 +115,7 @@ def _stays(trace: Trace, gaps: Gaps, capacity_bytes: int, reserve_bytes: int) ->
     for g in np.flatnonzero((held == 0) & (gaps.reach > 1)).tolist():
         # The engine itself runs an update's arithmetic: there, nothing reads on.
         at = int(first[g]), 1, int(gaps.size_bytes[g])
-        if moments[int(gaps.after[g])].phase is not Phase.UPDATE and room.fits(*at):
+        if not moments[int(gaps.after[g])].phase.updates and room.fits(*at):
             room.take(*at)
             held[g] = 1
     return _Stays(held, room)

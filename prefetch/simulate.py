@@ -86,13 +86,13 @@ def bound(
 ) -> tuple[float, float, str]:
     """(bound_s, wire_bound_s, binding) of a step that moves these bytes for each phase.
 
-    Forward and backward pass form one group, the update the other: what a group needs cannot
-    be asked for behind the barrier between them. ``bound_s`` sums the slower of drive and
-    compute over the groups; ``wire_bound_s`` takes it once over the whole step; ``binding``,
-    "disk" or "compute", has the larger part of ``bound_s``. Latencies are left out.
+    Forward and backward pass with their updates form one group, the update the other: what a
+    group needs cannot be asked for behind the barrier between them. ``bound_s`` sums the slower
+    of drive and compute over the groups; ``wire_bound_s`` takes it once over the whole step;
+    ``binding``, "disk" or "compute", has the larger part of ``bound_s``. Latencies are left out.
     """
     bound_s, disk_part_s, compute_all_s = 0.0, 0.0, 0.0
-    for group in ((Phase.FORWARD, Phase.BACKWARD), (Phase.UPDATE,)):
+    for group in ((Phase.FORWARD, Phase.BACKWARD, Phase.EARLY), (Phase.UPDATE,)):
         reads = sum(read_bytes.get(phase, 0) for phase in group)
         writes = sum(write_bytes.get(phase, 0) for phase in group)
         disk_s = machine.disk_s(reads, writes)

@@ -15,11 +15,25 @@ class Access(Enum):
 
 
 class Phase(StrEnum):
-    """Parts of a step. Forward and backward may overlap in I/O; update stands behind a barrier."""
+    """Parts of a step. All but the update may overlap in I/O; that stands behind a barrier.
+
+    EARLY is the update of what a backward pass has finished with, in the middle of that pass.
+    """
 
     FORWARD = "forward"
     BACKWARD = "backward"
+    EARLY = "early update"
     UPDATE = "update"
+
+    @property
+    def updates(self) -> bool:
+        """Whether the engine itself does the arithmetic: no code of the user's runs meanwhile."""
+        return self in (Phase.EARLY, Phase.UPDATE)
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether a backward pass is under way."""
+        return self in (Phase.BACKWARD, Phase.EARLY)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ class Manager:
         prefetch: bool = True,
         adversary: int | None = None,
         max_grad_norm: float | None = None,
+        step_in_backward: bool = False,
     ) -> Runtime:
         """``offload.wrap`` with small chunks, poisoned frames and a made-up machine."""
         tuning = Tuning(
@@ -63,7 +64,7 @@ class Manager:
         )  # fmt: skip
         offload.wrap(
             model, optimizer, host_memory=host_bytes, disk=self.folder if disk else None,
-            max_grad_norm=max_grad_norm, tuning=tuning,
+            max_grad_norm=max_grad_norm, step_in_backward=step_in_backward, tuning=tuning,
         )  # fmt: skip
         self.opened.append(model)
         return offload.runtime(model)
