@@ -23,6 +23,7 @@ from torch.autograd import Variable
 from torch.utils._pytree import tree_map
 
 from offload.bind import Binding, Home
+from offload.callers import caller_of_hooks, refuse_transforms
 from offload.device import frame_dtype
 from offload.device_engine import Device
 from offload.engine import Engine
@@ -30,7 +31,6 @@ from offload.errors import BudgetError, OffloadError
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
 from offload.hooks import Before, Hook, InFlight, settle_gradient
-from offload.hooks import _caller_of_hooks as caller_of_hooks
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations
 from offload.steps import Kind, Mode, Steps
@@ -139,6 +139,7 @@ class DeviceHooks:
     def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if compiled(module):
             raise OffloadError(COMPILED)
+        refuse_transforms()
         with self._lock:
             self._leave_contexts()  # an interrupt may have skipped the last leave
             self._end_pass()

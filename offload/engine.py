@@ -59,6 +59,8 @@ class Engine:
         self._last: tuple[Need, ...] = ()
         self.phase = Phase.FORWARD
         self.largest_gradient_bytes = 0
+        self.largest_update_bytes = 0
+        self.foresee_step_bytes: Callable[[], int] = lambda: 0
 
     # -- the steady state -------------------------------------------------------------------
 
@@ -224,13 +226,16 @@ class Engine:
     def _refuse(self, size_bytes: int, keep: set[int], what: str) -> None:
         held = sum(self.space.chunks[c].size_bytes for c in keep & self._resident.keys())
         ledger = self.ledger
-        least = ledger.fixed_bytes + ledger.other_bytes + held + size_bytes
+        so_far = ledger.fixed_bytes + ledger.other_bytes + held + size_bytes
+        whole = self.foresee_step_bytes()  # 0 where that cannot be told
+        least = max(so_far, whole)
+        known = "the step" if whole >= so_far else "so far the step"
         raise BudgetError(
             f"host tier: {what} needs {format_size(size_bytes)} more, but of the budget of "
             f"{format_size(ledger.budget_bytes)} weights, gradients and state in use take "
             f"{format_size(held)}, activations and gradients in flight "
             f"{format_size(ledger.other_bytes)}, fixed memory {format_size(ledger.fixed_bytes)}; "
-            f"so far the step needs host_memory of at least {format_size(least)}: give that or "
+            f"{known} needs host_memory of at least {format_size(least)}: give that or "
             "more, or use a smaller batch or gradient checkpointing",
             tier="host",
             needed_bytes=least,

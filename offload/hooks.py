@@ -18,8 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from offload.bind import Binding, Home
+from offload.callers import caller_of_hooks, refuse_transforms
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
+from offload.foresight import Foresight
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
 from offload.prefetch.trace import Access, Need, Phase
@@ -80,6 +82,8 @@ class Hooks:
             engine.space.chunks_at, self._unpacked, activations, self._running
         )
         self._largest_input = 0
+        self._foresight = Foresight(model, engine, binding)
+        engine.foresee_step_bytes = self._foresight.step_bytes
         self._root = [
             model.register_forward_pre_hook(Hook(self._enter_root), prepend=True, with_kwargs=True),
             model.register_forward_hook(Hook(self._leave_root), always_call=True),
@@ -117,6 +121,7 @@ class Hooks:
     # -- forward ----------------------------------------------------------------------------
 
     def _enter_root(self, module: nn.Module, args: object, kwargs: object) -> None:
+        refuse_transforms()
         self._leave_contexts()  # an interrupt may have skipped the last leave
         self._in_flight.clear()  # nor is a backward pass under way: it may have been cut short
         check_parameters(module, self._binding)
@@ -129,7 +134,8 @@ class Hooks:
         if self._relax(module, mode is Mode.FITS):
             return
         self._in_backward = False
-        self._frame = _caller_of_hooks()
+        self._foresight.see(args, kwargs)
+        self._frame = caller_of_hooks()
         if kind is Kind.TRAIN:
             self._push(torch.autograd.graph.saved_tensors_hooks(
                 self._saved.pack, self._saved.unpack
@@ -253,19 +259,6 @@ class Hooks:
         self._before = self._frame = None
         while self._contexts:
             self._contexts.pop().__exit__(None, None, None)
-
-
-def _caller_of_hooks() -> FrameType | None:
-    """The frame of the module call that is running our pre-hook."""
-    frame = inspect.currentframe()
-    for _ in range(4):  # this function, the method, Hook.__call__
-        frame = frame.f_back if frame is not None else None
-        if frame is not None and frame.f_code.co_filename == _MODULE_FILE:
-            return frame
-    return None
-
-
-_MODULE_FILE = nn.Module.__call__.__code__.co_filename
 
 
 class Before:
