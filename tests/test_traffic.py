@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +13,16 @@ from offload.config import Tuning
 from offload.prefetch.trace import Access, Phase
 from offload.steps import Kind
 from offload.tiers.spec import Machine
+
+if TYPE_CHECKING:
+    from tests.conftest import Manager, Zoo
+
+_FILE = Path(__file__).parents[1] / "bench" / "traffic.py"
+_SPEC = importlib.util.spec_from_file_location("traffic", _FILE)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+traffic = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(traffic)
 
 MACHINE = Machine(1.8e9, 5.5e9, 1.4e9, 1.4e9, 1e10)
 
@@ -37,3 +48,23 @@ def test_cleared_gradients_start_fresh_and_are_not_read(tmp_path: Path) -> None:
                     first.setdefault(need.chunk, need.access)
         assert run.stats()["counters"]["evictions"] > 50
         assert {first[c] for c in grads} == {Access.FRESH}
+
+
+def test_replayed_steps_move_little_more_than_the_least_bytes(zoo: Zoo, manage: Manager) -> None:
+    model: Any = zoo.build("llama")
+    optimizer = torch.optim.AdamW(model.parameters())
+    weight_bytes = sum(p.nbytes for p in model.parameters())
+    budget_bytes = int(0.4 * 4 * weight_bytes)
+    run = manage(model, optimizer, host_bytes=budget_bytes)
+    x = torch.arange(8)[None]
+    for _ in range(6):
+        model(input_ids=x, labels=x).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = run.parts.steps.tracks[Kind.TRAIN].replayed_bytes
+    settled = [r + w for r, w in zip(moved["read"], moved["write"], strict=True)][2:]
+    embedding_bytes = model.get_input_embeddings().weight.nbytes
+    room_bytes = budget_bytes - run.parts.engine.ledger.peak_other_bytes
+    least = traffic.minimum_bytes(weight_bytes, 2, room_bytes, embedding_bytes)
+    assert len(settled) == 3
+    assert max(settled) <= 1.25 * least
