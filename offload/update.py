@@ -36,10 +36,20 @@ class UpdateStore:
             if family.trained:
                 self._plans += _family_groups(family, profile)
         self._homed = len(self._plans)
-        chunks = engine.space.chunks
-        engine.largest_update_bytes = max(
-            (sum(chunks[n.chunk].size_bytes for n in needs) for _, needs in self._plans), default=0
+        engine.largest_update_bytes = sum(
+            engine.space.chunks[c].size_bytes for c in self.largest_group
         )
+
+    @property
+    def largest_group(self) -> tuple[int, ...]:
+        """The chunks of the group that needs most bytes at once."""
+        chunks = self._engine.space.chunks
+        needs = max(
+            (n for _, n in self._plans),
+            key=lambda needs: sum(chunks[n.chunk].size_bytes for n in needs),
+            default=(),
+        )
+        return tuple(n.chunk for n in needs)
 
     def groups(self) -> Sequence[UpdateGroup]:
         del self._plans[self._homed :]
