@@ -1,0 +1,496 @@
+"""Narrowed optimizer state: what is stored, what its bits depend on, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import offload
+from offload.config import Tuning
+from offload.errors import CheckpointError, OffloadError
+from offload.optim.codecs import BLOCK_ELEMENTS, SCALE, Bfloat16, Blockwise, Noise, noise_table
+from offload.optim.learn import learn
+from offload.optim.narrow import COUNTER, Narrowing
+from offload.optim.ram import RamStore
+from offload.optim.step import ChunkedStep
+from offload.run import Runtime
+from offload.tiers.spec import MIB, Machine
+
+O = torch.optim  # noqa: E741
+MACHINE = Machine(1.8e9, 5.5e9, 1.4e9, 1.4e9, 1e10)
+WIDTH, DEPTH = 320, 4
+F32 = torch.float32
+KINDS = ("bf16", "int8")
+Make = Callable[[Any], Optimizer]
+OPTIMIZERS: dict[str, Make] = {
+    "adamw": lambda p: O.AdamW(p, weight_decay=0.1),
+    "adamw-fused": lambda p: O.AdamW(p, fused=True),
+    "adamw-foreach": lambda p: O.AdamW(p, foreach=True, amsgrad=True),
+    "sgd": lambda p: O.SGD(p, lr=1e-2, momentum=0.9),
+    "rmsprop": lambda p: O.RMSprop(p, lr=1e-3, centered=True, momentum=0.5),
+    "adagrad": lambda p: O.Adagrad(p, initial_accumulator_value=0.1),
+    "nadam": lambda p: O.NAdam(p),
+    "adamax": lambda p: O.Adamax(p),
+}
+
+
+# -- codecs ---------------------------------------------------------------------------------
+
+
+def test_stochastic_rounding_is_unbiased() -> None:
+    table, steps = noise_table(), 4096
+    values = torch.randn(512, generator=torch.Generator().manual_seed(0))
+    stored, codec = torch.empty(512, dtype=torch.bfloat16), Bfloat16(F32)
+    total = torch.zeros(512, dtype=torch.float64)
+    below = (values.view(torch.int32) & -65536).view(F32)
+    ulp = ((values.view(torch.int32) & -65536) + 65536).view(F32) - below
+    for step in range(steps):
+        codec.narrow(values, [stored], Noise(table, step * 7919, 0))
+        up = (stored.float() - below) / ulp
+        assert set(up.tolist()) <= {0.0, 1.0}, "not one of the two neighbours"
+        total += up
+    exact = ((values - below) / ulp).double()
+    sigmas = (total / steps - exact) / (exact * (1 - exact) / steps).sqrt().clamp(min=1e-9)
+    assert sigmas.abs().max() < 5.5
+    assert 0.8 < sigmas.std() < 1.2  # independent from step to step: no more and no less
+    assert abs(sigmas.mean()) < 0.2  # and from element to element
+
+
+def test_to_nearest_a_second_moment_stands_still() -> None:
+    ends = []
+    for rounded in (True, False):
+        kept, codec = torch.ones(4096, dtype=torch.bfloat16), Bfloat16(F32)
+        for step in range(1000):
+            values = codec.widen([kept]) * 0.999
+            noise = Noise(noise_table(), step << 20, 0) if rounded else None
+            codec.narrow(values, [kept], noise)
+        ends.append(kept.float().mean().item())
+    assert ends[0] == pytest.approx(0.999**1000, rel=0.01)
+    assert ends[1] == 1.0
+
+
+def test_the_table_holds_every_number_once() -> None:
+    assert torch.equal(noise_table()[:65536].sort().values, torch.arange(65536).int())
+
+
+@pytest.mark.parametrize("codec", [Bfloat16(F32), Blockwise(F32, True), Blockwise(F32, False)])
+def test_cuts_and_generators_do_not_matter(codec: Any) -> None:
+    values = torch.randn(200_001).abs()
+    before = torch.get_rng_state()
+    whole, cut = _stores(codec, 200_001), _stores(codec, 200_001)
+    codec.narrow(values, whole, Noise(noise_table(), 5, 0))
+    for start in range(0, 200_001, 256 * 37):
+        stop = min(start + 256 * 37, 200_001)
+        codec.narrow(
+            values[start:stop], _at(codec, cut, start, stop), Noise(noise_table(), 5, start)
+        )
+    assert torch.equal(codec.widen(whole), codec.widen(cut))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def _stores(codec: Any, numel: int) -> list[Tensor]:
+    return [torch.empty(-(-numel // p.elements), dtype=p.dtype) for p in codec.parts.values()]
+
+
+def _at(codec: Any, stores: list[Tensor], start: int, stop: int) -> list[Tensor]:
+    parts = codec.parts.values()
+    return [
+        t[start // p.elements : -(-stop // p.elements)] for t, p in zip(stores, parts, strict=True)
+    ]
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    odd = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -8388608], dtype=torch.int32)
+    values = torch.cat([odd.view(F32), torch.ones(3)])
+    for step in range(64):
+        stored = torch.empty(8, dtype=torch.bfloat16)
+        Bfloat16(F32).narrow(values, [stored], Noise(noise_table(), step, 0))
+        assert not stored[:5].isfinite().any()
+        assert stored[:2].isnan().all()
+        assert torch.equal(stored[3:].float(), values[3:])
+    codec = Blockwise(F32, True)
+    stores = _stores(codec, 512)
+    codec.narrow(torch.cat([values, torch.ones(504)]), stores, None)
+    assert codec.widen(stores)[:256].isnan().all()
+    assert torch.equal(codec.widen(stores)[256:], torch.ones(256))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("numel", [1, 255, 256, 1000])
+def test_blocks_round_to_the_nearest_code(signed: bool, numel: int) -> None:
+    generator = torch.Generator().manual_seed(numel)
+    values = torch.randn(numel, generator=generator) * torch.logspace(-6, 0, numel)
+    values = values if signed else values.square()
+    codec = Blockwise(F32, signed)
+    stores = _stores(codec, numel)
+    codec.narrow(values, stores, None)
+    scales = stores[1].repeat_interleave(BLOCK_ELEMENTS)[:numel]
+    wide = codec.widen(stores)
+    root = (lambda x: (x.abs() / scales).sqrt()) if signed else (lambda x: (x / scales) ** 0.25)
+    steps = 127 if signed else 255
+    tolerance = torch.full((numel,), 0.501 / steps)
+    if not signed:
+        tolerance[root(values) < 1 / steps] = 1 / steps  # none becomes zero
+        assert (wide > 0).all()
+    assert ((root(wide) - root(values)).abs() <= tolerance).all()
+    again = _stores(codec, numel)
+    codec.narrow(wide, again, None)
+    assert all(torch.equal(a, b) for a, b in zip(stores, again, strict=True)), "not a fixed point"
+    codec.narrow(torch.zeros(numel), stores, None)
+    assert torch.equal(codec.widen(stores), torch.zeros(numel))
+
+
+def test_negative_values_where_there_were_none_are_an_error() -> None:
+    codec = Blockwise(F32, False)
+    with pytest.raises(OffloadError, match="negative now"):
+        codec.narrow(torch.tensor([1.0, -1e-9]), _stores(codec, 2), None)
+
+
+# -- the chunked step -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state_dtype", KINDS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_step_is_the_optimizers_own_over_widened_state(name: str, state_dtype: str) -> None:
+    """Against the plain optimizer whose state is narrowed and widened as a whole, by hand."""
+    shapes = ((300, 257), (1,), (), (7, 13), (0, 4), (5000,))
+    twins = [_params(shapes) for _ in range(2)]
+    plain, chunked = (OPTIMIZERS[name](p) for p in twins)
+    _, narrowing = learn(plain, state_dtype)
+    learnt, other = learn(chunked, state_dtype)
+    assert learnt is not None
+    for p in twins[0]:
+        for state in narrowing.of(p) if plain.state.get(p) else ():
+            _there_and_back(narrowing, p, plain.state[p], state, None)
+    store = RamStore(chunked, learnt, 16384)
+    stepper = ChunkedStep(chunked, learnt, store, narrowing=other, piece_elements=4096)
+    for step in range(4):
+        for params in twins:
+            generator = torch.Generator().manual_seed(step)
+            for i, p in enumerate(params):
+                p.grad = torch.randn(p.shape, generator=generator) if i != step else None
+        plain.step()
+        chunked.step()
+        for p in twins[0]:
+            entries = plain.state[p]
+            for state in narrowing.of(p) if entries and p.grad is not None else ():
+                _there_and_back(narrowing, p, entries, state, step)
+        _assert_same(twins)
+    stepper.widen_state()
+    for a, b in zip(*twins, strict=True):
+        assert plain.state[a].keys() == chunked.state[b].keys()
+        for key, value in plain.state[a].items():
+            assert value.dtype == chunked.state[b][key].dtype
+            assert torch.equal(value, chunked.state[b][key]), key
+
+
+def _there_and_back(
+    narrowing: Narrowing, p: nn.Parameter, entries: dict[str, Any], state: str, step: int | None
+) -> None:
+    """``step`` None: taken in from outside, to the nearest."""
+    parts = {
+        state + suffix: torch.empty(-(-p.numel() // part.elements), dtype=part.dtype)
+        for suffix, part in narrowing.of(p)[state].parts.items()
+    }
+    kept = narrowing.keep(p, state, parts, step or 0)
+    kept.narrow(entries[state], 0, nearest=step is None)
+    entries[state] = kept.widen(0, p.numel()).view(p.shape)
+
+
+def _params(shapes: tuple[tuple[int, ...], ...]) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(9)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def _assert_same(twins: list[list[nn.Parameter]]) -> None:
+    for a, b in zip(*twins, strict=True):
+        assert torch.equal(a, b), tuple(a.shape)
+
+
+@pytest.mark.parametrize(("state_dtype", "bound"), [("bf16", 0.01), ("int8", 0.04)])
+def test_one_step_is_close_to_float32(state_dtype: str, bound: float) -> None:
+    """The second step, the first that reads narrowed state, in shares of the learning rate."""
+    twins = [_params(((400, 300),)) for _ in range(2)]
+    exact, narrow = (O.AdamW(p, lr=1e-3) for p in twins)
+    learnt, narrowing = learn(narrow, state_dtype)
+    assert learnt is not None
+    ChunkedStep(narrow, learnt, RamStore(narrow, learnt), narrowing=narrowing)
+    for step in range(2):
+        for params in twins:
+            params[0].grad = torch.randn(400, 300, generator=torch.Generator().manual_seed(step))
+        exact.step()
+        narrow.step()
+        errors = (twins[0][0] - twins[1][0]).abs() / 1e-3
+        if step == 0:
+            assert errors.max() == 0
+    assert 0 < errors.mean() < bound
+    assert errors.max() < 10 * bound
+
+
+def test_parameters_added_later_keep_their_state_as_it_is() -> None:
+    params = _params(((40, 50), (30,)))
+    optimizer = O.AdamW(params)
+    learnt, narrowing = learn(optimizer, "int8")
+    assert learnt is not None
+    ChunkedStep(optimizer, learnt, RamStore(optimizer, learnt), narrowing=narrowing)
+    for step in range(3):
+        if step == 1:
+            params.append(nn.Parameter(torch.ones(20)))
+            optimizer.add_param_group({"params": params[-1:]})
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert optimizer.state[params[0]]["exp_avg"].dtype == torch.int8
+    assert optimizer.state[params[-1]]["exp_avg"].dtype == F32
+
+
+# -- managed runs -----------------------------------------------------------------------------
+
+
+class Runs:
+    """Starts managed runs of one small model, and closes them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: list[Runtime] = []
+
+    def __call__(
+        self,
+        state_dtype: str | None,
+        host_bytes: int = 4 * MIB,
+        chunk_bytes: int = MIB,
+        optimizer: Optimizer | None = None,
+        model: nn.Module | None = None,
+        **tuning: Any,
+    ) -> Runtime:
+        torch.manual_seed(0)
+        model = model or nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)))
+        optimizer = optimizer or O.AdamW(model.parameters(), lr=1e-3, fused=True)
+        options: dict[str, Any] = {"machine": MACHINE, "poison": True, "keep_hooks": True} | tuning
+        offload.wrap(
+            model, optimizer, host_memory=host_bytes, disk=self._folder, state_dtype=state_dtype,
+            tuning=Tuning(chunk_bytes=chunk_bytes, **options),
+        )  # fmt: skip
+        self._open.append(offload.runtime(model))
+        return self._open[-1]
+
+    def close(self) -> None:
+        for run in self._open:
+            if "_offload" in run.model.__dict__:
+                run.close()
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    made = Runs(tmp_path)
+    yield made
+    made.close()
+
+
+def train(run: Runtime, first: int, last: int) -> None:
+    assert run.optimizer is not None
+    for step in range(first, last):
+        x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step))
+        run.model(x).square().mean().backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+
+def everything(run: Runtime) -> dict[str, Tensor]:
+    """Weights and stored state, copied."""
+    assert run.optimizer is not None
+    found = {k: v.clone() for k, v in run.model.state_dict().items()}
+    for i, entries in enumerate(run.optimizer.state.values()):
+        found |= {f"{i}.{k}": v.clone() for k, v in entries.items()}
+    return found
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("state_dtype", KINDS)
+def test_same_bits_for_every_budget(runs: Runs, state_dtype: str) -> None:
+    ways: list[dict[str, Any]] = [
+        {"host_bytes": 64 * MIB},
+        {},
+        {"prefetch": False},
+        {"adversary": 5},
+        {"adversary": 6, "chunk_bytes": 2 * MIB, "host_bytes": 10 * MIB},
+    ]
+    results = []
+    for way in ways:
+        run = runs(state_dtype, **way)
+        train(run, 0, 6)
+        evictions = run.stats()["counters"]["evictions"]
+        assert evictions > 20 or "host_bytes" in way
+        results.append(everything(run))
+        assert run.optimizer is not None
+        counters = {group.get(COUNTER) for group in run.optimizer.param_groups}
+        assert counters == ({6} if state_dtype == "bf16" else {None})
+        run.close()
+    for other in results[1:]:
+        assert_equal(results[0], other)
+
+
+def test_fewer_bytes_are_kept_and_moved(runs: Runs) -> None:
+    weights = DEPTH * (WIDTH * WIDTH + WIDTH) * 4
+    state, moved = {}, {}
+    for state_dtype in (None, *KINDS):
+        run = runs(state_dtype)
+        train(run, 0, 5)
+        family = run.parts.binding.families[0]
+        chunks = run.parts.engine.space.chunks
+        ids = [c for region in family.states.values() for c in region.chunk_ids]
+        elements = family.layout.total_elements
+        state[state_dtype] = sum(chunks[c].size_bytes for c in ids) / elements
+        moved[state_dtype] = {k: v / weights for k, v in run.stats()["step_bytes"].items()}
+        run.close()
+    assert state == {None: 8.0, "bf16": 4.0, "int8": 2 + 8 / BLOCK_ELEMENTS}
+    # Of 2 copies of the weights' bytes 1, and 1 1/2, stay away in each direction; padding apart.
+    for direction in ("read", "write"):
+        assert moved["bf16"][direction] < moved[None][direction] - 0.95
+        assert moved["int8"][direction] < moved[None][direction] - 1.35
+
+
+@pytest.mark.parametrize("state_dtype", KINDS)
+def test_a_run_goes_on_with_the_same_bits(runs: Runs, state_dtype: str, tmp_path: Path) -> None:
+    run = runs(state_dtype)
+    train(run, 0, 3)
+    run.save(tmp_path / "checkpoint")
+    stored = sum(p.stat().st_size for p in (tmp_path / "checkpoint").glob("optimizer*"))
+    exact = 8 * DEPTH * (WIDTH * WIDTH + WIDTH)
+    assert stored < exact * {"bf16": 0.51, "int8": 0.27}[state_dtype]
+    train(run, 3, 6)
+    whole = everything(run)
+    run.close()
+    other = runs(state_dtype, host_bytes=8 * MIB, chunk_bytes=2 * MIB)
+    train(other, 40, 42)
+    other.load(tmp_path / "checkpoint")
+    train(other, 3, 6)
+    assert_equal(whole, everything(other))
+
+
+def test_a_checkpoint_of_another_state_dtype_is_refused(runs: Runs, tmp_path: Path) -> None:
+    for i, (one, other) in enumerate(((None, "bf16"), ("bf16", None), ("int8", "bf16"))):
+        run = runs(one)
+        train(run, 0, 1)
+        run.save(tmp_path / str(i))
+        run.close()
+        run = runs(other)
+        before = everything(run)
+        with pytest.raises(CheckpointError, match=f"state_dtype is {one!r}, not {other!r}"):
+            run.load(tmp_path / str(i))
+        assert_equal(before, everything(run))
+        run.close()
+
+
+@pytest.mark.parametrize("state_dtype", KINDS)
+def test_state_dict_goes_both_ways(runs: Runs, state_dtype: str) -> None:
+    run = runs(state_dtype)
+    train(run, 0, 3)
+    assert run.optimizer is not None
+    shown = copy.deepcopy(run.optimizer.state_dict())
+    entries = shown["state"][0]
+    assert not any(name.endswith(SCALE) for name in entries)
+    assert entries["exp_avg"].shape == (WIDTH, WIDTH)
+    assert entries["exp_avg"].dtype == (torch.bfloat16 if state_dtype == "bf16" else F32)
+    assert entries["exp_avg_sq"].float().min() >= 0
+    before = everything(run)
+    train(run, 3, 4)
+    run.optimizer.load_state_dict(shown)
+    run.model.load_state_dict({k: before[k] for k in run.model.state_dict()})
+    assert_equal(before, everything(run))
+    train(run, 3, 5)
+    after = everything(run)
+    run.close()
+    again = runs(state_dtype)
+    train(again, 0, 5)
+    assert_equal(after, everything(again))
+
+
+def test_float32_state_is_taken_in(runs: Runs) -> None:
+    """Loaded, put there by hand, or older than the run."""
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)))
+    optimizer = O.AdamW(model.parameters(), lr=1e-3)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    exact = copy.deepcopy(optimizer.state_dict())
+    run = runs("int8", model=model, optimizer=optimizer)
+    first = next(model.parameters())
+    for taking in ("older", "loaded", "by hand"):
+        if taking == "loaded":
+            optimizer.load_state_dict(copy.deepcopy(exact))
+        elif taking == "by hand":
+            optimizer.state[first]["exp_avg"] = exact["state"][0]["exp_avg"].clone()
+            optimizer.step()  # without gradients
+        assert optimizer.state[first]["exp_avg"].dtype == torch.int8
+        shown = optimizer.state_dict()["state"][0]
+        for name in ("exp_avg", "exp_avg_sq"):
+            error = (shown[name] - exact["state"][0][name]).abs().max()
+            assert error < 0.02 * exact["state"][0][name].abs().max(), taking
+        train(run, 0, 2)
+
+
+def test_unwrap_gives_the_optimizers_own_dtypes(runs: Runs) -> None:
+    for state_dtype in KINDS:
+        run = runs(state_dtype)
+        train(run, 0, 2)
+        model, optimizer = run.unwrap()
+        assert optimizer is not None
+        for p in model.parameters():
+            assert optimizer.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"}
+            assert optimizer.state[p]["exp_avg"].dtype == F32
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        runs(state_dtype, model=model, optimizer=optimizer).close()
+        with pytest.raises(OffloadError, match="end that run with unwrap"):
+            runs(None, model=model, optimizer=optimizer)
+
+
+# -- refusals -----------------------------------------------------------------------------------
+
+
+def _conv() -> nn.Module:
+    conv: nn.Module = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return conv
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], Make | None, str, str]] = {
+    "factored": (lambda: nn.Linear(64, 32), lambda p: O.Adafactor(p), "bf16", "has shape"),
+    "matrices": (
+        lambda: nn.Linear(64, 32, bias=False), lambda p: O.Muon(p), "int8", "one by one",
+    ),
+    "stateless": (lambda: nn.Linear(8, 8), lambda p: O.SGD(p), "bf16", "keeps no state"),
+    "small": (
+        lambda: nn.Linear(8, 8).bfloat16(), lambda p: O.AdamW(p), "bf16", "keeps no state",
+    ),
+    "layout": (_conv, lambda p: O.AdamW(p), "bf16", "not contiguous"),
+    "unknown": (lambda: nn.Linear(8, 8), lambda p: O.AdamW(p), "fp8", "must be"),
+    "nothing": (lambda: nn.Linear(8, 8), None, "bf16", "give an optimizer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_is_touched(case: str, tmp_path: Path) -> None:
+    build, make, state_dtype, words = REFUSED[case]
+    model = build()
+    optimizer = None if make is None else make(list(model.parameters()))
+    where = [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(OffloadError, match=words):
+        offload.wrap(model, optimizer, host_memory="1GiB", disk=tmp_path, state_dtype=state_dtype)
+    assert [p.data_ptr() for p in model.parameters()] == where
+    assert "_offload" not in model.__dict__
+    assert not list(tmp_path.iterdir())
+    assert optimizer is None or not optimizer.state
