@@ -66,7 +66,7 @@ def _signed(optimizer: Optimizer, learnt: OptimizerProfile) -> set[str]:
         found |= {
             name
             for name, value in entries.items()
-            if isinstance(value, Tensor) and value.numel() and bool((value < 0).any())
+            if isinstance(value, Tensor) and not value.is_complex() and bool((value < 0).any())
         }
     return found
 

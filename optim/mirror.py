@@ -388,7 +388,7 @@ def _forecast(
             if real is value
             else tuple(real.shape)
         )
-        non_negative = value.numel() == 0 or bool((value >= 0).all())
+        non_negative = not value.is_complex() and bool((value >= 0).all())
         state.append(StateTensor(name, shape, value.dtype, non_negative))
         if shape == tuple(param.shape):
             element_names.add(name)

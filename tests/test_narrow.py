@@ -15,12 +15,14 @@ from torch.optim import Optimizer
 import offload
 from offload.config import Tuning
 from offload.errors import CheckpointError, OffloadError
+from offload.finetune import OffloadEngine
 from offload.optim.codecs import BLOCK_ELEMENTS, SCALE, Bfloat16, Blockwise, Noise, noise_table
 from offload.optim.learn import learn
 from offload.optim.narrow import COUNTER, Narrowing
 from offload.optim.ram import RamStore
 from offload.optim.step import ChunkedStep
 from offload.run import Runtime
+from offload.runconfig import build_config
 from offload.tiers.spec import MIB, Machine
 
 O = torch.optim  # noqa: E741
@@ -251,6 +253,29 @@ def test_parameters_added_later_keep_their_state_as_it_is() -> None:
     assert optimizer.state[params[-1]]["exp_avg"].dtype == F32
 
 
+def test_random_bits_differ_by_parameter_state_step_and_block() -> None:
+    params = _params(((40, 50), (40, 50)))
+    _, narrowing = learn(O.AdamW(params), "bf16")
+    keys = {
+        narrowing.keep(p, name, {}, step).key
+        for p in params
+        for name in ("exp_avg", "exp_avg_sq")
+        for step in range(50)
+    }
+    assert len(keys) == 200
+    blocks = [run[2][:8].tolist() for run in Noise(noise_table(), min(keys), 0).runs(1 << 20)]
+    assert len({tuple(b) for b in blocks}) == 16
+
+
+def test_complex_state_is_left_alone() -> None:
+    params = [nn.Parameter(torch.ones(20, dtype=torch.complex64)), nn.Parameter(torch.ones(20))]
+    learnt, narrowing = learn(O.AdamW(params), "int8")
+    assert learnt is not None
+    assert not narrowing.of(params[0])
+    assert set(narrowing.mirrors(learnt, params[0])) == {"exp_avg", "exp_avg_sq"}
+    assert len(narrowing.mirrors(learnt, params[1])) == 4
+
+
 # -- managed runs -----------------------------------------------------------------------------
 
 
@@ -392,6 +417,15 @@ def test_a_checkpoint_of_another_state_dtype_is_refused(runs: Runs, tmp_path: Pa
             run.load(tmp_path / str(i))
         assert_equal(before, everything(run))
         run.close()
+
+
+def test_finetune_passes_it_on() -> None:
+    config = build_config({"optimizer.state_dtype": "int8"})
+    model = nn.Linear(64, 64)
+    run = OffloadEngine().wrap(model, O.AdamW(model.parameters()), config)
+    assert isinstance(run, Runtime)
+    assert run.state_dtype == "int8"
+    run.close()
 
 
 @pytest.mark.parametrize("state_dtype", KINDS)
