@@ -9,7 +9,7 @@ time   seconds of the update alone, everything in RAM: nanoseconds per parameter
        machine, please.
 
 ``nearest`` is bfloat16 without stochastic rounding, which the library does not offer: to show why.
-``int8-stochastic`` rounds the 8-bit codes without bias: to show that the nearest code does better.
+``int8-stochastic`` rounds the 8-bit codes without bias: to see whether the nearest code loses.
 """
 
 from __future__ import annotations
