@@ -201,7 +201,7 @@ def moved(way: str, budget_bytes: int) -> dict[str, object]:
         )  # fmt: skip
         with offload.runtime(model) as run:
             for _ in range(6):
-                ids = torch.randint(0, 6144, (BATCH, SEQ_LEN))
+                ids = torch.randint(0, 6144, (1, 16))
                 model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--params", type=int, default=32 << 20)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--budget", type=int, default=16 * MIB)
+    parser.add_argument("--budget", type=int, default=20 * MIB)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.question == "loss":

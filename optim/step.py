@@ -243,12 +243,13 @@ class ChunkedStep:
         entries = self._optimizer.state.get(param, {})
         options = self._optimizer.param_groups[index]
         narrow = bool(self.narrowing.of(param))
-        copies = run.coefficient is not None or narrow or (not entries and bool(known.state))
+        copies = run.coefficient is not None or (not entries and bool(known.state))
         sizes = self._sizes(options, grad, copies)
         if not known.elementwise:
             sizes = Sizes(None, sizes.call_elements)
         source = Source(segment, index, grad, entries, sizes, known.element_names)
-        if narrow:
+        if narrow:  # one piece a call: what it is widened into stays in the cache and is reused
+            source.sizes = Sizes(self._piece_elements, self._piece_elements)
             source.step = options.get(COUNTER, 0)
             source.kept = self.narrowing.kept(param, entries, source.step)
             source.entries = self.narrowing.others(source.kept, entries)
