@@ -58,7 +58,7 @@ def least_bytes(args: Any) -> int:
         except BudgetError as refused:
             if held:
                 offload.runtime(held[0]).close()
-            budget = max(refused.smallest_bytes or 0, budget + (1 << 20))
+            budget = max(refused.smallest_bytes or 0, budget + (8 << 20))
 
 
 def main() -> None:
