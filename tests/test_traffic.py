@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,16 @@ def test_cleared_gradients_start_fresh_and_are_not_read(tmp_path: Path) -> None:
                     first.setdefault(need.chunk, need.access)
         assert run.stats()["counters"]["evictions"] > 50
         assert {first[c] for c in grads} == {Access.FRESH}
+
+
+def test_minimum_falls_from_all_traffic_to_none() -> None:
+    """The formulas of bench/ at their ends: nothing kept, everything kept, never more with more."""
+    bench = Path(__file__).parent.parent / "bench" / "traffic.py"
+    formulas = runpy.run_path(str(bench))
+    plain, early = formulas["minimum_bytes"], formulas["minimum_in_backward_bytes"]
+    assert (plain(100, 2, 0), early(100, 2, 0)) == (1000, 700)
+    assert plain(100, 2, 399) > 0 == plain(100, 2, 400)  # weights, gradients, two moments
+    assert early(100, 2, 299) > 0 == early(100, 2, 300)  # gradients need no home
+    for formula in (plain, early):
+        least = [formula(100, 2, memory) for memory in range(0, 500, 10)]
+        assert least == sorted(least, reverse=True)
