@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,7 @@ from offload.tiers.spec import Machine
 if TYPE_CHECKING:
     from tests.conftest import Manager, Zoo
 
-_FILE = Path(__file__).parents[1] / "bench" / "traffic.py"
-_SPEC = importlib.util.spec_from_file_location("traffic", _FILE)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-traffic = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(traffic)
-
+FORMULAS = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "traffic.py"))
 MACHINE = Machine(1.8e9, 5.5e9, 1.4e9, 1.4e9, 1e10)
 
 
@@ -65,6 +59,17 @@ def test_replayed_steps_move_little_more_than_the_least_bytes(zoo: Zoo, manage: 
     settled = [r + w for r, w in zip(moved["read"], moved["write"], strict=True)][2:]
     embedding_bytes = model.get_input_embeddings().weight.nbytes
     room_bytes = budget_bytes - run.parts.engine.ledger.peak_other_bytes
-    least = traffic.minimum_bytes(weight_bytes, 2, room_bytes, embedding_bytes)
+    least = FORMULAS["minimum_bytes"](weight_bytes, 2, room_bytes, embedding_bytes)
     assert len(settled) == 3
     assert max(settled) <= 1.25 * least
+
+
+def test_minimum_falls_from_all_traffic_to_none() -> None:
+    """The formulas of bench/ at their ends: nothing kept, everything kept, never more with more."""
+    plain, early = FORMULAS["minimum_bytes"], FORMULAS["minimum_in_backward_bytes"]
+    assert (plain(100, 2, 0), early(100, 2, 0)) == (1000, 700)
+    assert plain(100, 2, 399) > 0 == plain(100, 2, 400)  # weights, gradients, two moments
+    assert early(100, 2, 299) > 0 == early(100, 2, 300)  # gradients need no home
+    for formula in (plain, early):
+        least = [formula(100, 2, memory) for memory in range(0, 500, 10)]
+        assert least == sorted(least, reverse=True)
