@@ -58,6 +58,7 @@ class Engine:
         self._queue: deque[int] = deque()  # planned loads that wait for room
         self._last: tuple[Need, ...] = ()
         self.phase = Phase.FORWARD
+        self.user_hooks = True  # whether code of the user's may run within a backward pass
         self.largest_gradient_bytes = 0
         self.largest_update_bytes = 0
         self.foresee_step_bytes: Callable[[], int] = lambda: 0
@@ -262,8 +263,9 @@ class Engine:
         except OSError:  # still resident and dirty: a fault that has passed costs nothing
             self.space.start_save(chunk)
             self._moving(chunk, "written to", lambda: self.space.finish_save(chunk))
-        # Outside the update user code (a hook) may have written since: then it is written again.
-        if not self.phase.updates and not self.space.unchanged(chunk):
+        # Where user code may have written since it is written again.
+        quiet = self.phase.updates or (self.phase is Phase.BACKWARD and not self.user_hooks)
+        if not quiet and not self.space.unchanged(chunk):
             chunk.dirty = True
         if chunk.dirty:
             self._evict(chunk)

@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from types import FrameType
 from typing import Any
 
@@ -134,6 +135,7 @@ class Hooks:
         if self._relax(module, mode is Mode.FITS):
             return
         self._in_backward = False
+        self._engine.user_hooks = has_user_hooks(module)
         self._foresight.see(args, kwargs)
         self._frame = caller_of_hooks()
         if kind is Kind.TRAIN:
@@ -259,6 +261,27 @@ class Hooks:
         self._before = self._frame = None
         while self._contexts:
             self._contexts.pop().__exit__(None, None, None)
+
+
+def has_user_hooks(model: nn.Module) -> bool:
+    """Whether code of the user's runs within passes: hooks on modules or parameters."""
+    of_modules = (
+        hooks
+        for m in model.modules()
+        for hooks in (
+            m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
+        )
+    )  # fmt: skip
+    of_params = (
+        hooks or {}
+        for p in model.parameters()
+        for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)
+    )
+    return any(
+        not isinstance(hook, Hook)
+        for hooks in chain(of_modules, of_params)
+        for hook in hooks.values()
+    )
 
 
 class Before:

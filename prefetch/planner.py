@@ -72,7 +72,8 @@ def plan(trace: Trace, machine: Machine, capacity_bytes: int) -> Plan:
         stays = _stays(trace, gaps, capacity_bytes - held, reserve)
         ops, start = _operations(trace, gaps, stays)
         timeline = replay.run(ops, start)
-        plans.append(Plan(ops, start, reserve, _forecast(trace, machine, gaps, stays, timeline)))
+        forecast = _forecast(trace, machine, capacity_bytes, gaps, stays, timeline)
+        plans.append(Plan(ops, start, reserve, forecast))
         if timeline.read_bytes + timeline.write_bytes == 0:
             break  # all of it stays: no reserve can help
     return min(plans, key=lambda p: (p.forecast.step_s, p.reserve_bytes))
@@ -189,8 +190,9 @@ def _reads(gaps: Gaps, stays: _Stays, count: int) -> tuple[Ints, Ints, Ints]:
 
 
 def _forecast(
-    trace: Trace, machine: Machine, gaps: Gaps, stays: _Stays, timeline: Timeline
-) -> Forecast:
+    trace: Trace, machine: Machine, capacity_bytes: int, gaps: Gaps, stays: _Stays,
+    timeline: Timeline,
+) -> Forecast:  # fmt: skip
     """Bytes are counted for the phase that needs a read, and that last used what is written."""
     fetched = np.flatnonzero(stays.gone & gaps.reads)
     due = (gaps.after[fetched] + gaps.reach[fetched]) % len(trace.moments)
@@ -200,7 +202,7 @@ def _forecast(
     left = away[first][gaps.write_s[epoch] > 0]
     reads = _per_phase(trace, due, gaps.size_bytes[fetched])
     writes = _per_phase(trace, gaps.after[left], gaps.size_bytes[left])
-    bound_s, wire_bound_s, binding = bound(trace, machine, reads, writes)
+    bound_s, wire_bound_s, binding = bound(trace, machine, reads, writes, capacity_bytes)
     return Forecast(
         step_s=timeline.step_s,
         bound_s=bound_s,

@@ -80,26 +80,36 @@ def bound(
     machine: Machine,
     read_bytes: Mapping[Phase, int],
     write_bytes: Mapping[Phase, int],
+    capacity_bytes: int = 0,
 ) -> tuple[float, float, str]:
     """(bound_s, wire_bound_s, binding) of a step that moves these bytes for each phase.
 
-    Forward and backward pass with their updates form one group, the update the other: what a
-    group needs cannot be asked for behind the barrier between them. ``bound_s`` sums the slower
-    of drive and compute over the groups; ``wire_bound_s`` takes it once over the whole step;
-    ``binding``, "disk" or "compute", has the larger part of ``bound_s``. Latencies are left out.
+    Forward and backward pass with their updates form one group, the update the other, and the
+    compute of one waits for the other's. Bytes may cross that barrier, read earlier or written
+    later, as far as ``capacity_bytes`` of memory hold them. ``bound_s`` sums the slower of drive
+    and compute over the groups for the best such shift; ``wire_bound_s`` takes it once over the
+    whole step; ``binding``, "disk" or "compute", has the larger part of ``bound_s``. Latencies are
+    left out.
     """
-    bound_s, disk_part_s, compute_all_s = 0.0, 0.0, 0.0
-    for group in ((Phase.FORWARD, Phase.BACKWARD, Phase.EARLY), (Phase.UPDATE,)):
+    passes, update = (Phase.FORWARD, Phase.BACKWARD, Phase.EARLY), (Phase.UPDATE,)
+    disk_s, compute_s = [], []
+    for group in (passes, update):
         reads = sum(read_bytes.get(phase, 0) for phase in group)
         writes = sum(write_bytes.get(phase, 0) for phase in group)
-        disk_s = machine.disk_s(reads, writes)
-        compute_s = sum(m.compute_s for m in trace.moments if m.phase in group)
-        bound_s += max(disk_s, compute_s)
-        disk_part_s += disk_s if disk_s > compute_s else 0.0
-        compute_all_s += compute_s
+        disk_s.append(machine.disk_s(reads, writes))
+        compute_s.append(sum(m.compute_s for m in trace.moments if m.phase in group))
+    most_s = machine.disk_s(capacity_bytes, 0)
+    low, high = -min(most_s, disk_s[0]), min(most_s, disk_s[1])
+    turns = (compute_s[0] - disk_s[0], disk_s[1] - compute_s[1], 0.0)
+    shifts = [min(max(s, low), high) for s in turns]  # the sum is convex and bends there
+    tries = [(disk_s[0] + s, disk_s[1] - s) for s in shifts]
+    pairs = min(
+        (list(zip(t, compute_s, strict=True)) for t in tries), key=lambda p: sum(map(max, p))
+    )
+    bound_s = sum(map(max, pairs))
     disk_all_s = machine.disk_s(sum(read_bytes.values()), sum(write_bytes.values()))
-    binding = "disk" if disk_part_s > bound_s / 2 else "compute"
-    return bound_s, max(disk_all_s, compute_all_s), binding
+    binding = "disk" if sum(d for d, c in pairs if d > c) > bound_s / 2 else "compute"
+    return bound_s, max(disk_all_s, sum(compute_s)), binding
 
 
 class _Transfer:
