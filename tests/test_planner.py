@@ -127,7 +127,7 @@ class Replay:
         for chunk in dropped:
             if self.last_used.get(chunk) != before:
                 continue
-            if self.trace.moments[before].phase is not Phase.UPDATE:
+            if not self.trace.moments[before].phase.updates:
                 wanted = self.bytes_of(self.present - self.unused) + self.trace.chunk_bytes[chunk]
                 assert wanted > self.room(t), f"chunk {chunk} could have stayed in moment {t}"
 
