@@ -29,7 +29,8 @@ from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
-from offload.hooks import Before, Hook, InFlight, has_user_hooks, settle_gradient
+from offload.hooks import Hook, has_user_hooks, settle_gradient
+from offload.passes import Before, InFlight
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations
 from offload.steps import Kind, Mode, Steps
