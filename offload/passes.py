@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from offload.bind import Home
-from offload.engine import Engine
 from offload.prefetch.trace import Need
 
 
@@ -41,43 +40,15 @@ class Before:
                 buffer.copy_(value)
 
 
-class InFlight:
-    """Gradients that autograd holds before they are home: debited until then."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._bytes: dict[Home, int] = {}
-
-    def take(self, home: Home, size_bytes: int) -> None:
-        """One gradient tensor of this parameter exists (more). May raise BudgetError."""
-        self._engine.take_other(size_bytes, f"the gradient of {home.name}")
-        self._bytes[home] = self._bytes.get(home, 0) + size_bytes
-
-    def take_once(self, home: Home, size_bytes: int) -> None:
-        """The same, unless one is debited already."""
-        if home not in self._bytes:
-            self.take(home, size_bytes)
-
-    def give(self, home: Home) -> None:
-        """They are home, or gone."""
-        self._engine.ledger.give_other(self._bytes.pop(home, 0))
-
-    def clear(self) -> None:
-        """No backward pass is under way (``autograd.grad`` never brings gradients home)."""
-        for home in list(self._bytes):
-            self.give(home)
-
-
 class Pass(threading.local):
     """State of the pass that this thread is in. ``turn``: set while several take turns."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self) -> None:
         self.contexts: list[Any] = []
         self.frame: FrameType | None = None  # of the model's forward
         self.before: Before | None = None
         self.in_backward = False
         self.infers = False  # a forward pass without gradients is on the stack
-        self.in_flight = InFlight(engine)
         self.turn: Turn | None = None
 
     def push(self, context: Any) -> None:
