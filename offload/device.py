@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from crc32c import crc32c
 from torch import Tensor, nn
 
 from offload.bind import Binding, Family, dense_strides
@@ -30,6 +29,7 @@ from offload.errors import OffloadError
 from offload.prefetch.trace import Access, Need, Phase
 from offload.tiers import vm
 from offload.tiers.arena import DeviceArena
+from offload.tiers.checksum import checksum_of
 from offload.tiers.copy import Copier, LendingHomes, Mark, Upload
 from offload.tiers.home import Backing, Chunk, HomeSpace, Region
 from offload.tiers.lane import Lane, Ticket
@@ -282,8 +282,8 @@ def _copy(copier: Copier, source: Tensor, target: Tensor, mark: Mark, careful: b
 
 
 def checksum(flat: Tensor) -> int:
-    """crc32c of a flat CPU tensor's bytes."""
-    return int(crc32c(vm.buffer_at(flat.data_ptr(), flat.nbytes)))
+    """Checksum of a flat CPU tensor's bytes."""
+    return checksum_of(flat.data_ptr(), flat.nbytes)
 
 
 def neighbours(family: Family, elements: int) -> list[list[int]]:

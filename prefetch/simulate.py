@@ -80,13 +80,13 @@ def bound(
     machine: Machine,
     read_bytes: Mapping[Phase, int],
     write_bytes: Mapping[Phase, int],
-    capacity_bytes: int = 0,
+    spare_bytes: int = 0,
 ) -> tuple[float, float, str]:
     """(bound_s, wire_bound_s, binding) of a step that moves these bytes for each phase.
 
     Forward and backward pass with their updates form one group, the update the other, and the
     compute of one waits for the other's. Bytes may cross that barrier, read earlier or written
-    later, as far as ``capacity_bytes`` of memory hold them. ``bound_s`` sums the slower of drive
+    later, as far as ``spare_bytes`` of memory hold them. ``bound_s`` sums the slower of drive
     and compute over the groups for the best such shift; ``wire_bound_s`` takes it once over the
     whole step; ``binding``, "disk" or "compute", has the larger part of ``bound_s``. Latencies are
     left out.
@@ -98,7 +98,7 @@ def bound(
         writes = sum(write_bytes.get(phase, 0) for phase in group)
         disk_s.append(machine.disk_s(reads, writes))
         compute_s.append(sum(m.compute_s for m in trace.moments if m.phase in group))
-    most_s = machine.disk_s(capacity_bytes, 0)
+    most_s = machine.disk_s(spare_bytes, 0)
     low, high = -min(most_s, disk_s[0]), min(most_s, disk_s[1])
     turns = (compute_s[0] - disk_s[0], disk_s[1] - compute_s[1], 0.0)
     shifts = [min(max(s, low), high) for s in turns]  # the sum is convex and bends there

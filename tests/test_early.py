@@ -90,7 +90,7 @@ def test_gradients_never_touch_the_disk(zoo: Zoo, manage: Manager) -> None:
         step_bytes = run.stats()["step_bytes"]
         moved[early] = step_bytes["read"] + step_bytes["write"]
         weight_bytes = 4 * sum(p.numel() for p in model.parameters())
-    assert moved[True] < moved[False] - 1.5 * weight_bytes
+    assert moved[True] < moved[False] - weight_bytes / 2  # plans differ with recorded times
     trace = run.parts.steps.tracks[Kind.TRAIN].trace
     assert trace is not None
     touched = {n.chunk for m in trace.moments for n in m.needs}

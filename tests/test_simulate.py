@@ -170,8 +170,8 @@ def test_bytes_may_cross_the_barrier_as_far_as_memory_holds_them() -> None:
     trace = Trace(moments, (), {})
     reads = {Phase.FORWARD: 20, Phase.UPDATE: 80}
     apart, _, _ = bound(trace, DRIVE, reads, {})
-    some, _, _ = bound(trace, DRIVE, reads, {}, capacity_bytes=20)
-    enough, wire, _ = bound(trace, DRIVE, reads, {}, capacity_bytes=1000)
+    some, _, _ = bound(trace, DRIVE, reads, {}, spare_bytes=20)
+    enough, wire, _ = bound(trace, DRIVE, reads, {}, spare_bytes=1000)
     assert apart == pytest.approx(16.0)  # passes 8, update 8
     assert some == pytest.approx(14.0)  # a fifth of the update's reads come during the passes
     assert enough == pytest.approx(wire) == pytest.approx(10.0)

@@ -16,10 +16,10 @@ from collections import Counter, deque
 from typing import Any, Protocol
 
 import torch
-from crc32c import crc32c
 from torch import Tensor
 
 from offload.tiers import vm
+from offload.tiers.checksum import checksum_of
 from offload.tiers.frames import POISON_BYTE, Frame, FramePool
 
 
@@ -86,7 +86,7 @@ class PageMemory:
         return None
 
     def checksum(self, frame: Frame) -> int:
-        return int(crc32c(vm.buffer_at(frame.address, frame.size_bytes)))
+        return checksum_of(frame.address, frame.size_bytes)
 
 
 class _CudaBuffer:

@@ -15,9 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from crc32c import crc32c
-
 from offload.tiers import vm
+from offload.tiers.checksum import checksum_of
 from offload.tiers.spec import format_size
 
 
@@ -37,11 +36,11 @@ class Disk(Protocol):
         ...
 
     def read(self, address: int, size_bytes: int, offset: int) -> int:
-        """Fill memory from the file; returns the crc32c of what arrived. Raises OSError."""
+        """Fill memory from the file; returns the checksum of what arrived. Raises OSError."""
         ...
 
     def write(self, address: int, size_bytes: int, offset: int) -> int:
-        """Write memory to the file; returns the crc32c of what was written. Raises OSError."""
+        """Write memory to the file; returns the checksum of what was written. Raises OSError."""
         ...
 
     def foreign_write(self) -> bool:
@@ -120,7 +119,7 @@ class SpillFile:
 
     def read(self, address: int, size_bytes: int, offset: int) -> int:
         self.pull(address, size_bytes, offset)
-        return int(crc32c(vm.buffer_at(address, size_bytes)))
+        return checksum_of(address, size_bytes)
 
     def write(self, address: int, size_bytes: int, offset: int) -> int:
         with self._lock:
@@ -128,7 +127,7 @@ class SpillFile:
             self._writing += 1
         # The checksum comes first: if memory changes meanwhile the file disagrees with it, which
         # the next read reports.
-        checksum = int(crc32c(vm.buffer_at(address, size_bytes)))
+        checksum = checksum_of(address, size_bytes)
         try:
             self.push(address, size_bytes, offset)
         finally:

@@ -4,7 +4,7 @@ All page moves are made by the thread that owns the engine, between operations; 
 read into frames and write from homes. So a home is always readable and right: see vm.py's note.
 
 [Note: writes we did not make]
-The user may write to any home at any time. Resident: the crc32c taken when the chunk was last
+The user may write to any home at any time. Resident: the checksum taken when the chunk was last
 equal to the file is compared before it is dropped, and a difference means "write it back".
 Evicted: the write goes through the mapping to the file itself, and leaves two signs: the file's
 modification time moves, and the written pages are in the page cache. When the time moves staged
@@ -23,9 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from crc32c import crc32c
-
 from offload.tiers import vm
+from offload.tiers.checksum import checksum_of
 from offload.tiers.disk import Disk
 from offload.tiers.frames import Frame, FramePool
 from offload.tiers.lane import Lane, Ticket
@@ -59,8 +58,8 @@ class Chunk:
     frame: Frame | None = None  # whose pages are at home, or are being filled
     loading: Ticket | None = None
     saving: Ticket | None = None
-    crc: int = 0
-    crc_epoch: int = 0  # the space's epoch when crc was last known to be the file's
+    checksum: int = 0
+    checksum_epoch: int = 0  # the space's epoch when checksum was last known to be the file's
 
 
 class Mapping:
@@ -174,7 +173,7 @@ class HomeSpace:
                 ticket = chunk.loading
                 assert ticket is not None
                 self.lanes["read"].wait(ticket)
-            if user_code or ticket.result != chunk.crc:
+            if user_code or ticket.result != chunk.checksum:
                 self._heed_mapping(chunk, ticket)
         except OSError:
             self._end_load(chunk)  # the next need tries again
@@ -194,7 +193,7 @@ class HomeSpace:
     def trust_file(self, chunk: Chunk) -> None:
         """A void chunk is about to be written through its mapping: the file becomes the truth."""
         if chunk.backing is Backing.VOID:
-            chunk.backing, chunk.crc_epoch = Backing.FILE, self._epoch - 1
+            chunk.backing, chunk.checksum_epoch = Backing.FILE, self._epoch - 1
 
     # -- home -> disk -----------------------------------------------------------------------
 
@@ -212,12 +211,11 @@ class HomeSpace:
         ticket, chunk.saving = chunk.saving, None
         assert ticket is not None
         self.lanes["write"].wait(ticket)  # where it failed the chunk stays resident and dirty
-        chunk.crc, chunk.crc_epoch, chunk.dirty = ticket.result, self._epoch, False
+        chunk.checksum, chunk.checksum_epoch, chunk.dirty = ticket.result, self._epoch, False
 
     def unchanged(self, chunk: Chunk) -> bool:
         """Whether a clean resident chunk still equals the file: nobody wrote to it unseen."""
-        memory = vm.buffer_at(chunk.address, chunk.size_bytes)
-        return bool(crc32c(memory) == chunk.crc)
+        return checksum_of(chunk.address, chunk.size_bytes) == chunk.checksum
 
     def drop(self, chunk: Chunk, *, dead: bool = False) -> None:
         """Take a resident chunk's pages away. It must be clean, or dead."""
@@ -301,16 +299,16 @@ class HomeSpace:
         """
         assert self.disk is not None
         cached = self._with_cached_pages(chunk)
-        crc = ticket.result if cached is None else cached
-        if chunk.crc not in (ticket.result, crc):
-            sign = self._epoch > chunk.crc_epoch
+        checksum = ticket.result if cached is None else cached
+        if chunk.checksum not in (ticket.result, checksum):
+            sign = self._epoch > chunk.checksum_epoch
             if cached is not None:  # buffered I/O leaves all pages there, which is then no sign
-                sign |= self.disk.engine != "buffered" or crc != ticket.result
+                sign |= self.disk.engine != "buffered" or checksum != ticket.result
             again = self._read_again(chunk) if sign else None
-            if again not in (crc, chunk.crc):
-                raise self._corrupt(chunk, crc)
-            crc = again
-        chunk.crc, chunk.crc_epoch = crc, self._epoch
+            if again not in (checksum, chunk.checksum):
+                raise self._corrupt(chunk, checksum)
+            checksum = again
+        chunk.checksum, chunk.checksum_epoch = checksum, self._epoch
 
     def _read_again(self, chunk: Chunk) -> int:
         ticket = self._submit_again(chunk)
@@ -319,11 +317,11 @@ class HomeSpace:
         return ticket.result if cached is None else cached
 
     def _with_cached_pages(self, chunk: Chunk) -> int | None:
-        """Put the home's cached pages over the staged ones; the crc32c then, None without any."""
+        """Put the home's cached pages over the staged ones; the checksum then, None without any."""
         assert chunk.frame is not None
         if not vm.take_cached(chunk.address, chunk.frame.address, chunk.size_bytes):
             return None
-        return int(crc32c(vm.buffer_at(chunk.frame.address, chunk.size_bytes)))
+        return checksum_of(chunk.frame.address, chunk.size_bytes)
 
     def _submit_again(self, chunk: Chunk) -> Ticket:
         ticket = chunk.loading = Ticket(chunk.id)
@@ -331,10 +329,10 @@ class HomeSpace:
         return ticket
 
     @staticmethod
-    def _corrupt(chunk: Chunk, crc: int) -> CorruptChunk:
+    def _corrupt(chunk: Chunk, checksum: int) -> CorruptChunk:
         return CorruptChunk(
             f"what came back from offset {chunk.offset} ({chunk.size_bytes} bytes) is different "
-            f"from what was written (crc32c {crc:08x}, expected {chunk.crc:08x}); "
+            f"from what was written (checksum {checksum:016x}, expected {chunk.checksum:016x}); "
             "the disk or its file system is losing data: use another disk=... folder and "
             "resume from the last checkpoint"
         )
