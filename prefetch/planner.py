@@ -20,7 +20,7 @@ from offload.prefetch.trace import Phase, Trace
 from offload.prefetch.uses import Bools, Ints, Uses, find_uses
 from offload.tiers.spec import Machine, format_size
 
-_SAME_SHARE = 0.03  # recorded compute times differ by more from step to step
+_SAME_SHARE = 0.01  # recorded compute times differ by more from step to step
 _RESERVES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # times the largest needs of a moment
 _FEW_RESERVES = (0.5, 2.0)
 _ONE_RESERVE = (2.0,)
