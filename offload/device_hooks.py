@@ -27,11 +27,12 @@ from offload.device import frame_dtype
 from offload.device_engine import Device
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
+from offload.gradients import GradientHomes, InFlight
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
-from offload.hooks import Hook, has_user_hooks, settle_gradient
-from offload.passes import Before, InFlight
-from offload.prefetch.trace import Access, Need, Phase
+from offload.hooks import Hook, has_user_hooks
+from offload.passes import Before
+from offload.prefetch.trace import Phase
 from offload.saved import Activations
 from offload.steps import Kind, Mode, Steps
 from offload.tiers.copy import deliver
@@ -41,48 +42,6 @@ from offload.use import SavedInFrames, Use, attach, detach
 def backward_runs() -> bool:
     """Whether this thread is inside a backward pass. Torch has no public question for it."""
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-class GradientHomes:
-    """Gradients on the host: their room while in flight, and their way into homes."""
-
-    def __init__(
-        self, engine: Engine, binding: Binding, on_grad: Callable[[nn.Parameter], None] | None,
-        keeps: Callable[[Home], bool],
-    ) -> None:  # fmt: skip
-        self._keeps = keeps
-        self._engine = engine
-        self._binding = binding
-        self._on_grad = on_grad
-        self._foreign: set[Home] = set()
-        self.in_flight = InFlight(engine)
-        homes = [h for h in binding.homes.values() if h.family.trained]
-        engine.largest_gradient_bytes = max((h.size_bytes for h in homes), default=0)
-
-    def before(self, home: Home, grad: Tensor) -> None:
-        """Autograd is about to add this gradient to ``.grad``."""
-        if grad.is_sparse:
-            raise OffloadError(
-                f"{home.name} has a sparse gradient, which has no home: build the embedding "
-                "with sparse=False"
-            )
-        self._foreign.discard(home)
-        if home.param.grad is not None and not home.grad_is_home:
-            self._foreign.add(home)  # the user's own tensor: autograd adds to it in place
-        self.in_flight.take(home, home.size_bytes)
-        if home.grad_is_home:
-            needs = tuple(Need(c, Access.WRITE) for c in home.grad_chunks)
-            self._engine.need(Phase.BACKWARD, needs)
-
-    def after(self, home: Home) -> None:
-        """Autograd has added it."""
-        there = home.param.grad is not None
-        made = home not in self._foreign and there and not home.grad_is_home
-        if made and not self._keeps(home):
-            settle_gradient(self._engine, self._binding, home)
-        self.in_flight.give(home)
-        if self._on_grad is not None:
-            self._on_grad(home.param)
 
 
 class DeviceHooks:
@@ -98,9 +57,9 @@ class DeviceHooks:
         self._host = engine
         self._device = device
         self._lock = threading.RLock()
-        self._grads = GradientHomes(engine, binding, on_grad, keeps)
+        self._grads = GradientHomes(model, engine, binding, on_grad, keeps)
+        self._in_flight = InFlight(engine)
         self._pass = _Pass()
-        self._shared = _shared_params(model)
         level = device.engine
         activations = Activations(self._take_activation, level.given_back.append)
         self._saved = SavedInFrames(
@@ -143,7 +102,7 @@ class DeviceHooks:
         with self._lock:
             self._leave_contexts()  # an interrupt may have skipped the last leave
             self._end_pass()
-            self._grads.in_flight.clear()
+            self._in_flight.clear()
             check_parameters(module, self._binding)
             self._host.user_hooks = has_user_hooks(module)
             self._device.engine.frames.scrutiny.careful = self._host.user_hooks
@@ -257,7 +216,7 @@ class DeviceHooks:
             self._pass.backward = False
             self._device.end_pass()
             self._host.settle()
-            self._grads.in_flight.clear()
+            self._in_flight.clear()
 
     def _gradient_out(self, param: nn.Parameter, grad: Tensor) -> Tensor:
         """A gradient leaves the device."""
@@ -265,20 +224,18 @@ class DeviceHooks:
         with self._lock:
             self._enter_backward()
             self._device.engine.pass_through(grad.nbytes, f"the gradient of {home.name}")
-            if param in self._shared and home.family.trained:
-                # Autograd keeps the first gradient of a shared weight until its last use.
-                self._grads.in_flight.take_once(home, home.size_bytes)
+            self._grads.reached(home, self._in_flight)
         return deliver(grad, param)
 
     def _gradient(self, home: Home) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(grad: Tensor) -> None:
             with self._lock:
                 self._enter_backward()
-                self._grads.before(home, grad)
+                self._grads.before(home, grad, self._in_flight)
 
         def after(param: Tensor) -> None:
             with self._lock:
-                self._grads.after(home)
+                self._grads.after(home, self._in_flight)
 
         return before, after
 
@@ -360,15 +317,6 @@ class DeviceBefore(Before):
         super().restore()
         if self._device_rng is not None:
             torch.cuda.set_rng_state(self._device_rng, self._place)
-
-
-def _shared_params(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters that several modules hold."""
-    holders: dict[nn.Parameter, int] = {}
-    for module in model.modules():
-        for param in module.parameters(recurse=False):
-            holders[param] = holders.get(param, 0) + 1
-    return {p for p, n in holders.items() if n > 1}
 
 
 def move_buffers(model: nn.Module, place: torch.device) -> None:

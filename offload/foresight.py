@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from offload.bind import Binding, Home
 from offload.engine import Engine
+from offload.gradients import shared_params
 from offload.guard import allocates
 from offload.saved import span_bytes
 
@@ -237,12 +238,3 @@ class Rehearsal(TorchDispatchMode):
                 self._need(group)
             self._settled.add(home)
         self._other_bytes -= self._in_flight.pop(home)
-
-
-def shared_params(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters that several modules hold."""
-    holders: dict[nn.Parameter, int] = {}
-    for module in model.modules():
-        for param in module.parameters(recurse=False):
-            holders[param] = holders.get(param, 0) + 1
-    return {p for p, n in holders.items() if n > 1}

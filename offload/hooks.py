@@ -20,8 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from offload.bind import Binding, Home
 from offload.callers import caller_of_hooks, refuse_transforms
 from offload.engine import Engine
-from offload.errors import BudgetError, OffloadError
+from offload.errors import BudgetError
 from offload.foresight import Foresight
+from offload.gradients import GradientHomes
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
 from offload.passes import Before, Pass, Turn
@@ -64,17 +65,13 @@ class Hooks:
         on_grad: Callable[[nn.Parameter], None] | None = None,
         keeps: Callable[[Home], bool] = lambda _: False,
     ) -> None:  # fmt: skip
-        self._keeps = keeps
         self._engine = engine
         self._binding = binding
         self._steps = steps
-        self._on_grad = on_grad
+        self._grads = GradientHomes(model, engine, binding, on_grad, keeps)
+        self._shared = {c: home for home in self._grads.shared for c in home.weight_chunks}
         self._pass = Pass(engine)
         activations = Activations(self._take_activation, engine.ledger.give_other)
-        self._shared = _shared_homes(model, binding)
-        engine.largest_gradient_bytes = max(
-            (_grad_bytes(h) for h in binding.homes.values() if h.family.trained), default=0
-        )
         self._saved = SavedTensors(
             engine.space.chunks_at, self._unpacked, activations, self._running
         )
@@ -220,43 +217,19 @@ class Hooks:
         needs = tuple(Need(c, Access.READ) for c in chunks)
         self._take_turns(needs, [])
         self._engine.need(Phase.BACKWARD, needs)
-        for c in chunks:
-            home = self._shared.get(c)
-            if home is not None and home.param.requires_grad:
-                # Autograd keeps a shared weight's first gradient until its last use is reached.
-                self._pass.in_flight.take_once(home, _grad_bytes(home))
+        for home in (self._shared.get(c) for c in chunks):
+            if home is not None:
+                self._grads.reached(home, self._pass.in_flight)
 
     def _gradient(self, home: Home) -> tuple[Callable[..., None], Callable[..., None]]:
-        engine, binding = self._engine, self._binding
-        size_bytes = _grad_bytes(home)
-        whole = tuple(Need(c, Access.WRITE) for c in home.grad_chunks)
-        foreign: list[Tensor] = []
-
         def before(grad: Tensor) -> None:
             self._pass.in_backward = True
             if self._pass.turn is not None:
                 self._pass.turn.gradient(home)
-            there = home.param.grad
-            foreign.clear()
-            if there is not None and not home.grad_is_home:
-                foreign.append(there)  # the user's own tensor: autograd adds to it in place
-            if grad.is_sparse:
-                raise OffloadError(
-                    f"{home.name} has a sparse gradient, which has no home: build the embedding "
-                    "with sparse=False"
-                )
-            self._pass.in_flight.take(home, size_bytes)
-            if home.grad_is_home:  # about to be added to in place
-                engine.need(Phase.BACKWARD, whole)
+            self._grads.before(home, grad, self._pass.in_flight)
 
         def after(param: Tensor) -> None:
-            made = not foreign and param.grad is not None and not home.grad_is_home
-            if made and not self._keeps(home):
-                settle_gradient(engine, binding, home)
-            foreign.clear()
-            self._pass.in_flight.give(home)
-            if self._on_grad is not None:
-                self._on_grad(home.param)
+            self._grads.after(home, self._pass.in_flight)
             if self._pass.turn is not None:
                 self._pass.turn.added(home)
 
@@ -294,48 +267,3 @@ def has_user_hooks(model: nn.Module) -> bool:
         for hooks in chain(of_modules, of_params)
         for hook in hooks.values()
     )
-
-
-def _grad_bytes(home: Home) -> int:
-    return home.param.numel() * home.param.element_size()
-
-
-def _shared_homes(model: nn.Module, binding: Binding) -> dict[int, Home]:
-    """Trained parameters that several modules hold (tied weights), by their chunks."""
-    holders: dict[nn.Parameter, int] = {}
-    for module in model.modules():
-        for param in module.parameters(recurse=False):
-            holders[param] = holders.get(param, 0) + 1
-    return {
-        c: home
-        for param, home in binding.homes.items()
-        if holders.get(param, 0) > 1 and home.family.trained
-        for c in home.weight_chunks
-    }
-
-
-def settle_gradient(engine: Engine, binding: Binding, home: Home) -> None:
-    """Move a gradient that autograd has just made into its home; ``.grad`` is then the home."""
-    made = home.param.grad
-    region = home.family.grads
-    assert made is not None
-    assert region is not None
-    if made.nbytes != home.size_bytes:  # the parameter was given other data than it was homed with
-        return
-    if home.grad_is_held:  # the user kept last step's tensor or a view: the home is taken
-        return
-    # A chunk of cleared gradients need not be read. Decided before the new tensor makes it live.
-    access = {c: Access.FRESH if binding.is_dead(c) else Access.WRITE for c in home.grad_chunks}
-    target = home.new_grad()
-    split = len(home.grad_chunks) > 1 and target.is_contiguous() and made.is_contiguous()
-    groups = [(c,) for c in home.grad_chunks] if split else [home.grad_chunks]
-    start = region.layout.starts[home.index]
-    home.param.grad = target
-    for group in groups:
-        engine.need(Phase.BACKWARD, tuple(Need(c, access[c]) for c in group))
-        if split:
-            lo, hi = region.layout.chunk_range(group[0] - region.chunk_ids.start)
-            a, b = max(lo - start, 0), min(hi - start, target.numel())
-            target.view(-1)[a:b].copy_(made.view(-1)[a:b])
-        else:
-            target.copy_(made)

@@ -11,6 +11,7 @@ from torch import nn
 
 from offload.bind import Home
 from offload.engine import Engine
+from offload.gradients import InFlight
 from offload.prefetch.trace import Need
 
 
@@ -39,33 +40,6 @@ class Before:
         with torch.no_grad():
             for buffer, value in self._buffers:
                 buffer.copy_(value)
-
-
-class InFlight:
-    """Gradients that autograd holds before they are home: debited until then."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._bytes: dict[Home, int] = {}
-
-    def take(self, home: Home, size_bytes: int) -> None:
-        """One gradient tensor of this parameter exists (more). May raise BudgetError."""
-        self._engine.take_other(size_bytes, f"the gradient of {home.name}")
-        self._bytes[home] = self._bytes.get(home, 0) + size_bytes
-
-    def take_once(self, home: Home, size_bytes: int) -> None:
-        """The same, unless one is debited already."""
-        if home not in self._bytes:
-            self.take(home, size_bytes)
-
-    def give(self, home: Home) -> None:
-        """They are home, or gone."""
-        self._engine.ledger.give_other(self._bytes.pop(home, 0))
-
-    def clear(self) -> None:
-        """No backward pass is under way (``autograd.grad`` never brings gradients home)."""
-        for home in list(self._bytes):
-            self.give(home)
 
 
 class Pass(threading.local):
