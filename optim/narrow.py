@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from offload.errors import OffloadError
 from offload.optim.codecs import Codec, Noise, Part, noise_table
 from offload.optim.groups import shadow
 
@@ -140,6 +142,32 @@ def widen_state(narrowing: Narrowing, optimizer: Optimizer) -> None:
         for part in kept.parts:
             del entries[part]
         entries[name] = whole
+
+
+def refuse_steps_over_narrowed(narrowing: Narrowing, optimizer: Optimizer) -> None:
+    """Have ``optimizer.step()`` raise OffloadError for as long as state is as we stored it.
+
+    It would step in what is stored, not in its own dtype: SGD silently. Only these very tensors
+    count, so that state of another origin, and of a later run, is nobody's concern here.
+    """
+    stored = [
+        weakref.ref(tensor)
+        for _, _, kept in narrowing.widened(optimizer)
+        for tensor in kept.parts.values()
+    ]
+
+    def refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        present = {id(v) for entries in optimizer.state.values() for v in entries.values()}
+        if any(id(tensor) in present for ref in stored if (tensor := ref()) is not None):
+            raise OffloadError(
+                f"optimizer state is still stored as {narrowing.state_dtype} by a run that was "
+                "closed, and cannot be stepped so. End runs with offload.runtime(model).unwrap() "
+                "instead of close(); or now call optimizer.load_state_dict(optimizer.state_dict()),"
+                " which makes it plain tensors of its own dtypes, all of them in memory"
+            )
+
+    if stored:
+        optimizer.register_step_pre_hook(refuse)
 
 
 def show_in_state_dict(narrowing: Narrowing, optimizer: Optimizer) -> None:

@@ -23,7 +23,13 @@ from offload.optim.clip import GradNorms
 from offload.optim.codecs import BLOCK_ELEMENTS
 from offload.optim.groups import GroupLedger, raw_step
 from offload.optim.mirror import OptimizerProfile
-from offload.optim.narrow import COUNTER, Narrowing, show_in_state_dict, widen_state
+from offload.optim.narrow import (
+    COUNTER,
+    Narrowing,
+    refuse_steps_over_narrowed,
+    show_in_state_dict,
+    widen_state,
+)
 from offload.optim.pieces import (
     ALIGN_ELEMENTS,
     Piece,
@@ -119,10 +125,12 @@ class ChunkedStep:
     def close(self) -> None:
         """Remove the hooks: the optimizer steps as torch wrote it. State stays in its homes.
 
-        Narrowed state stays narrow, which the optimizer cannot step: see `widen_state`.
+        Narrowed state stays narrow, which the optimizer cannot step: it refuses to, until other
+        state is loaded. See `widen_state`.
         """
         for handle in self._handles:
             handle.remove()
+        refuse_steps_over_narrowed(self.narrowing, self._optimizer)
 
     @torch.no_grad()
     def step_ahead(self, group: UpdateGroup) -> None:
