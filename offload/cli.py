@@ -77,6 +77,13 @@ def finetune(
     state_dtype: Annotated[
         _Text, Option(help="Optimizer state in bf16 or int8; without: as AdamW keeps it.")
     ] = None,
+    step_in_backward: Annotated[
+        _Switch,
+        Option(
+            "--step-in-backward/--no-step-in-backward",
+            help="Update during backward: same numbers, less to move. Needs --max-grad-norm 0.",
+        ),
+    ] = None,
     dtype: Annotated[_Text, Option(help="Parameters in float32 or bfloat16.")] = None,
     bf16: Annotated[_Switch, Option("--bf16/--no-bf16", help="Compute in bfloat16.")] = None,
     gradient_checkpointing: Annotated[

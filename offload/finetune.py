@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from offload.config import Tuning
 from offload.data import Blocks, Position, Sampler
 from offload.errors import CheckpointError, OffloadError
 from offload.interrupt import Interrupt
@@ -35,6 +36,7 @@ class Runtime(Protocol):
     """The part of ``offload.runtime(model)`` that the loop uses."""
 
     def stats(self) -> dict[str, Any]: ...
+    def accumulating(self) -> AbstractContextManager[None]: ...
     def save(self, directory: Path, scheduler: Any, extra: dict[str, Any], /) -> None: ...
     def load(self, directory: Path, scheduler: Any, /) -> dict[str, Any]: ...
     def export(self, directory: Path, /) -> None: ...
@@ -52,18 +54,22 @@ class Engine(Protocol):
 
 
 class OffloadEngine:
-    """The real one."""
+    """The real one. ``tuning``: internals, for tests."""
+
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        self._tuning = tuning
 
     def load(self, model: str, dtype: torch.dtype, memory: MemoryConfig) -> torch.nn.Module:
         import offload
 
-        managed: torch.nn.Module = offload.from_pretrained(model, dtype=dtype, **asdict(memory))
+        told = {"tuning": self._tuning, **asdict(memory)}
+        managed: torch.nn.Module = offload.from_pretrained(model, dtype=dtype, **told)
         return managed
 
     def init(self, factory: Callable[[], Any], memory: MemoryConfig) -> torch.nn.Module:
         import offload
 
-        managed: torch.nn.Module = offload.init(factory, **asdict(memory))
+        managed: torch.nn.Module = offload.init(factory, tuning=self._tuning, **asdict(memory))
         return managed
 
     def wrap(
@@ -73,8 +79,10 @@ class OffloadEngine:
 
         # The budgets are those the model was made with.
         told = config.optimizer
-        max_norm = told.max_grad_norm or None
-        offload.wrap(model, optimizer, max_grad_norm=max_norm, state_dtype=told.state_dtype)
+        offload.wrap(
+            model, optimizer, max_grad_norm=told.max_grad_norm or None, tuning=self._tuning,
+            step_in_backward=told.step_in_backward, state_dtype=told.state_dtype,
+        )  # fmt: skip
         return offload.runtime(model)
 
 
@@ -250,7 +258,8 @@ def _forward_backward(session: _Session, rows: list[int]) -> float:
     for first in range(0, len(rows), size):
         chosen = rows[first : first + size]
         loss = _loss(session, blocks, chosen) * (_target_count(blocks, chosen) / targets)
-        loss.backward()
+        with nullcontext() if first + size >= len(rows) else session.runtime.accumulating():
+            loss.backward()
         total += loss.item()
     return total
 
@@ -310,13 +319,10 @@ def _identity(job: Job) -> dict[str, Any]:
     """
     config = job.config
     kept = {"model": config.model, "schedule.warmup": config.schedule.warmup}
-    for name, section in (
-        ("data", config.data),
-        ("optimizer", config.optimizer),
-        ("compute", config.compute),
-    ):
-        kept |= {f"{name}.{key}": value for key, value in asdict(section).items()}
+    for name in ("data", "optimizer", "compute"):
+        kept |= {f"{name}.{key}": value for key, value in asdict(getattr(config, name)).items()}
     del kept["data.path"]  # files may move; their content may not change
+    del kept["optimizer.step_in_backward"]  # same bits
     return kept | {"data content": job.train.fingerprint()}
 
 

@@ -61,12 +61,15 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
-    """AdamW. ``max_grad_norm`` 0 turns clipping off. ``state_dtype``: see ``offload.wrap``."""
+    """AdamW. ``max_grad_norm`` 0 turns clipping off, without which the update of
+    ``step_in_backward`` waits for the norm. That and ``state_dtype``: see ``offload.wrap``.
+    """
 
     lr: float = _real(PRETRAINED_LR, 0.0)
     weight_decay: float = _real(0.01, 0.0)
     max_grad_norm: float = _real(1.0, 0.0)
     state_dtype: str | None = None
+    step_in_backward: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offload import cli
 from offload.errors import CheckpointError, OffloadError
@@ -23,9 +24,7 @@ from offload.finetune import Outcome, finetune, lr_factor, make_optimizer
 from offload.metrics import StepReport
 from offload.progress import PlainProgress
 from offload.runconfig import InputError, MemoryConfig, RunConfig, build_config, read_yaml
-from offload.tinymodel import train_tokenizer
-
-WORDS = "the quick brown fox jumps over the lazy dog and runs away from the old grey cat\n"
+from tests.tiny import WORDS, tiny_run, write_tiny_model
 
 
 class InMemoryRuntime:
@@ -37,6 +36,7 @@ class InMemoryRuntime:
         self._model = model
         self._optimizer = optimizer
         self._norm = float("nan")
+        self.accumulated = 0
         if max_grad_norm is not None:
             self._max_norm = max_grad_norm
             optimizer.register_step_pre_hook(self._clip)
@@ -48,6 +48,11 @@ class InMemoryRuntime:
     def stats(self) -> dict[str, Any]:
         held = {"host": {"used_bytes": 7 << 20, "budget_bytes": 8 << 20}}
         return {"bound_s": 1e-4, "tiers": held, "grad_norm": self._norm}
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        self.accumulated += 1
+        yield
 
     def save(self, directory: Path, scheduler: Any, extra: dict[str, Any]) -> None:
         directory.mkdir(parents=True)
@@ -96,50 +101,14 @@ class InMemoryEngine:
         return InMemoryRuntime(model, optimizer, config.optimizer.max_grad_norm or None)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Such small products only lose time to waking more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face directory of a very small Llama with dropout and 64 positions."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer([])
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_dropout": 0.2}
-    tokens = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
-    config = LlamaConfig(max_position_embeddings=64, **sizes, **heads, **tokens)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def config(tiny_model: Path, tmp_path: Path) -> RunConfig:
-    text = tmp_path / "words.txt"
-    text.write_text(WORDS * 40)
-    return build_config(
-        {
-            "model": str(tiny_model),
-            "output": str(tmp_path / "run"),
-            "data.path": str(text),
-            "data.seq_len": 32,
-            "data.batch_size": 2,
-            "data.accumulate": 2,
-            "data.eval_fraction": 0.1,
-            "schedule.steps": 6,
-            "schedule.warmup": 2,
-            "schedule.eval_every": 3,
-            "schedule.save_every": 2,
-            "optimizer.lr": 1e-2,
-        }
-    )
+    return tiny_run(tiny_model, tmp_path)
 
 
 class StopAt(PlainProgress):
@@ -263,6 +232,22 @@ def test_accumulation_is_the_mean_over_tokens_not_of_means(config: RunConfig) ->
 class _NoDropout(InMemoryEngine):
     def load(self, model: str, dtype: torch.dtype, memory: MemoryConfig) -> Any:
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attention_dropout=0.0)
+
+
+def test_all_backward_passes_but_the_last_are_announced(config: RunConfig) -> None:
+    engine = _Remembering()
+    longer = replace(config, data=replace(config.data, accumulate=3, batch_size=1))
+    finetune(longer, observer=StopAt(2), engine=engine)
+    assert engine.made is not None
+    assert engine.made.accumulated == 2 * (3 - 1)
+
+
+class _Remembering(InMemoryEngine):
+    made: InMemoryRuntime | None = None
+
+    def wrap(self, *given: Any) -> InMemoryRuntime:
+        self.made = super().wrap(*given)
+        return self.made
 
 
 def test_resume_with_other_settings_is_refused(config: RunConfig) -> None:
