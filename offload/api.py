@@ -146,6 +146,7 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     device_memory: Size | None = None,
+    compute_dtype: torch.dtype | None = None,
     host_memory: Size | None = None,
     disk: str | os.PathLike[str] | None = None,
     disk_memory: Size | None = None,
@@ -153,8 +154,10 @@ def from_pretrained(
 ) -> Any:
     """A Hugging Face model (causal LM unless ``model_class``), managed, never whole in memory.
 
-    ``dtype``: None keeps the checkpoint's. Host memory at load stays within the budget plus the
-    largest converted tensor. Raises what ``transformers`` raises for a bad path.
+    ``dtype``: of the weights, None keeps the checkpoint's; ``compute_dtype``: of the copies that
+    are computed with, as in `wrap`. Host memory at load stays within the budget plus the largest
+    converted tensor. What concerns the update is told to `wrap`, together with the optimizer.
+    Raises what ``transformers`` raises for a bad path.
     """
     import transformers  # heavy, and only needed here
 
@@ -167,8 +170,8 @@ def from_pretrained(
 
     return init(
         load,
-        device=device, device_memory=device_memory, host_memory=host_memory,
-        disk=disk, disk_memory=disk_memory, tuning=tuning,
+        device=device, device_memory=device_memory, compute_dtype=compute_dtype,
+        host_memory=host_memory, disk=disk, disk_memory=disk_memory, tuning=tuning,
     )  # fmt: skip
 
 
