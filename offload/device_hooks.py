@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from types import FrameType
 from typing import Any
 
@@ -29,7 +28,8 @@ from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
-from offload.hooks import Before, Hook, InFlight, settle_gradient
+from offload.hook import Hook, has_user_hooks
+from offload.hooks import Before, InFlight, settle_gradient
 from offload.hooks import _caller_of_hooks as caller_of_hooks
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations
@@ -295,27 +295,6 @@ class DeviceHooks:
         self._pass.before = None
         while self._pass.contexts:
             self._pass.contexts.pop().__exit__(None, None, None)
-
-
-def has_user_hooks(model: nn.Module) -> bool:
-    """Whether code of the user's runs within passes: hooks on modules or parameters."""
-    of_modules = (
-        hooks
-        for m in model.modules()
-        for hooks in (
-            m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
-        )
-    )  # fmt: skip
-    of_params = (
-        hooks or {}
-        for p in model.parameters()
-        for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)
-    )
-    return any(
-        not isinstance(hook, Hook)
-        for hooks in chain(of_modules, of_params)
-        for hook in hooks.values()
-    )
 
 
 def compiled(model: nn.Module) -> bool:

@@ -59,6 +59,7 @@ class Engine:
         self._last: tuple[Need, ...] = ()
         self.phase = Phase.FORWARD
         self.largest_gradient_bytes = 0
+        self.relieve: Callable[[], bool] = lambda: False  # end a write that gives room, if any
 
     # -- the steady state -------------------------------------------------------------------
 
@@ -184,6 +185,8 @@ class Engine:
 
     def _make_room(self, size_bytes: int, keep: set[int], what: str = "a chunk") -> None:
         while self.ledger.room_bytes < size_bytes:
+            if self.relieve():
+                continue
             if self._leaving:
                 chunk = next(iter(self._leaving.values()))
                 self._waiting("write", lambda c=chunk: self._finish_leaving(c))  # type: ignore[misc]

@@ -1,7 +1,4 @@
-"""Hooks on modules, parameters and saved tensors: they turn what happens into engine calls.
-
-Copies and pickles of a hooked model carry inert hooks: a deep copy is a plain model.
-"""
+"""Hooks on modules, parameters and saved tensors: they turn what happens into engine calls."""
 
 from __future__ import annotations
 
@@ -17,40 +14,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from offload.activations import KEEP_ALL, Means, Planned, find_units
 from offload.bind import Binding, Home
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
+from offload.hook import Hook, has_user_hooks
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations, SavedTensors
 from offload.steps import Kind, Mode, Steps
-
-
-def inert(*_: object) -> None:
-    """What a hook becomes in a copy."""
-
-
-class Hook:
-    """A callable that does not survive copying: copies do nothing."""
-
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __deepcopy__(self, memo: object) -> Callable[..., None]:
-        return inert
-
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        return _make_inert, ()
-
-
-def _make_inert() -> Callable[..., None]:
-    return inert
 
 
 class Hooks:
@@ -60,6 +33,7 @@ class Hooks:
         self, model: nn.Module, engine: Engine, binding: Binding, steps: Steps,
         on_grad: Callable[[nn.Parameter], None] | None = None,
         keeps: Callable[[Home], bool] = lambda _: False,
+        means: Means = KEEP_ALL,
     ) -> None:  # fmt: skip
         self._keeps = keeps
         self._engine = engine
@@ -79,6 +53,11 @@ class Hooks:
         self._saved = SavedTensors(
             engine.space.chunks_at, self._unpacked, activations, self._running
         )
+        self.activations = Planned(
+            engine, means, activations, self._saved, self._enter_again, has_user_hooks
+        )
+        self._own: dict[nn.Module, Callable[..., None]] = {}
+        self._units = find_units(model) if means.setting != "keep" else {}
         self._largest_input = 0
         self._root = [
             model.register_forward_pre_hook(Hook(self._enter_root), prepend=True, with_kwargs=True),
@@ -92,6 +71,7 @@ class Hooks:
         for handle in (*self._root, *self._inner):
             handle.remove()
         self._root, self._inner = [], []
+        self.activations.close()
 
     def _attach(self, model: nn.Module) -> list[RemovableHandle]:
         """Hooks on units and parameters; not there while everything fits."""
@@ -106,7 +86,10 @@ class Hooks:
             elif direct:
                 chunks = sorted({c for h in direct for c in h.weight_chunks})
                 needs = tuple(Need(c, Access.READ) for c in chunks)
-                handles.append(module.register_forward_pre_hook(Hook(self._unit(needs))))
+                enter = self._own[module] = self._unit(needs)
+                handles.append(module.register_forward_pre_hook(Hook(enter)))
+        for name, unit in self._units.items():
+            handles += self._planned(name, unit)
         for home in homes.values():
             if home.family.trained:
                 before, after = self._gradient(home)
@@ -121,13 +104,18 @@ class Hooks:
         self._in_flight.clear()  # nor is a backward pass under way: it may have been cut short
         check_parameters(module, self._binding)
         kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
+        if kind is Kind.TRAIN and self._steps.current is None:
+            if self.activations.wants_another_record(self._steps.tracks[kind].trace):
+                self._steps.forget(kind)
         elements = sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
         mode = self._steps.begin(kind)
         if mode is Mode.FITS and elements > self._largest_input:
             mode = Mode.RECORD  # what fitted was a smaller input: watch this one
         self._largest_input = max(self._largest_input, elements)
-        if self._relax(module, mode is Mode.FITS):
+        if self._relax(module, mode is Mode.FITS and self.activations.keeps_all):
             return
+        if kind is Kind.TRAIN:
+            self.activations.begin_pass(elements, len(self._units))
         self._in_backward = False
         self._frame = _caller_of_hooks()
         if kind is Kind.TRAIN:
@@ -159,7 +147,31 @@ class Hooks:
         if self._steps.current is Kind.INFER:
             self._steps.end()
         else:
+            self.activations.end_pass()
             self._engine.leave_forward()
+
+    def _planned(self, name: str, unit: nn.Module) -> list[RemovableHandle]:
+        """Hooks that tell when a unit's forward runs, as close around it as there are."""
+
+        def before(module: nn.Module, args: object, kwargs: object) -> None:
+            if self._running():
+                with self._undone_if_refused():
+                    self.activations.before(name, module, args, kwargs)
+
+        def after(module: nn.Module, args: object, output: object) -> None:
+            with self._undone_if_refused():
+                self.activations.after(output)
+
+        return [
+            unit.register_forward_pre_hook(Hook(before), with_kwargs=True),
+            unit.register_forward_hook(Hook(after), prepend=True, always_call=True),
+        ]
+
+    def _enter_again(self, module: nn.Module) -> None:
+        """A unit runs again within the backward pass."""
+        self._in_backward = True
+        if module in self._own:
+            self._own[module](module, ())
 
     def _unit(self, needs: tuple[Need, ...]) -> Callable[..., None]:
         def enter(module: nn.Module, args: object) -> None:

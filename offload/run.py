@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from offload.activations import KEEP_ALL, Means
 from offload.bind import Binding
 from offload.config import Given
 from offload.device_engine import Device
@@ -36,6 +37,7 @@ class Parts:
     steps: Steps
     hooks: Hooks | DeviceHooks | None = None
     stepper: ChunkedStep | None = None
+    means: Means = KEEP_ALL
     device: Device | None = None  # compute in frames; None: where the weights are
     early: EarlyUpdate | None = None  # updates during the backward pass
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -100,6 +102,9 @@ class Runtime:
                 **({"device": device.tier_stats()} if device is not None else {}),
             },
             "device": device.stats(kind) if device is not None else None,
+            "activations": self.parts.hooks.activations.stats()
+            if isinstance(self.parts.hooks, Hooks)
+            else None,
             "temporaries_bytes": steps.watch.excess_bytes,
             "stall_s": dict(engine.counters.stall_s),
             "counters": {
