@@ -122,7 +122,7 @@ class Planned:
         """End transfers and the file."""
         self._saved.visit = None
         if self._area is not None:
-            self._engine.relieve = lambda: False
+            self._engine.relieve = lambda _: False
             self._area.close()
 
     def stats(self) -> dict[str, Any]:

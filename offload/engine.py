@@ -59,7 +59,8 @@ class Engine:
         self._last: tuple[Need, ...] = ()
         self.phase = Phase.FORWARD
         self.largest_gradient_bytes = 0
-        self.relieve: Callable[[], bool] = lambda: False  # end a write that gives room, if any
+        # Room that is not chunks': a write that can be awaited; True: what was read ahead, too.
+        self.relieve: Callable[[bool], bool] = lambda _: False
 
     # -- the steady state -------------------------------------------------------------------
 
@@ -185,7 +186,7 @@ class Engine:
 
     def _make_room(self, size_bytes: int, keep: set[int], what: str = "a chunk") -> None:
         while self.ledger.room_bytes < size_bytes:
-            if self.relieve():
+            if self.relieve(False):
                 continue
             if self._leaving:
                 chunk = next(iter(self._leaving.values()))
@@ -195,7 +196,7 @@ class Engine:
             if victim is not None:
                 self.counters.forced_evictions += self.follower is not None
                 self._evict(victim)
-            elif not self._abandon_a_load(keep):
+            elif not self._abandon_a_load(keep) and not self.relieve(True):
                 self._refuse(size_bytes, keep, what)
 
     def _victim(self, keep: set[int]) -> Chunk | None:

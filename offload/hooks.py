@@ -105,8 +105,7 @@ class Hooks:
         check_parameters(module, self._binding)
         kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
         if kind is Kind.TRAIN and self._steps.current is None:
-            if self.activations.wants_another_record(self._steps.tracks[kind].trace):
-                self._steps.forget(kind)
+            self._decide()
         elements = sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
         mode = self._steps.begin(kind)
         if mode is Mode.FITS and elements > self._largest_input:
@@ -125,6 +124,11 @@ class Hooks:
         if mode is Mode.RECORD:
             self._before = Before(module)
             self._push(AllocationGuard(self._foresee, self._running))
+
+    def _decide(self) -> None:
+        """Between steps: where activations are to be treated otherwise the step is recorded."""
+        if self.activations.wants_another_record(self._steps.tracks[Kind.TRAIN].trace):
+            self._steps.forget(Kind.TRAIN)
 
     def _relax(self, module: nn.Module, fits: bool) -> bool:
         """Take the inner hooks off while everything fits, and put them back when it may not."""

@@ -81,8 +81,14 @@ class Around:
             torch.get_autocast_dtype("cpu"),
             torch.is_autocast_cache_enabled(),
         )
-        self._buffers = [(b, b._version, b.detach().clone()) for b in unit.buffers()]
+        # By value: batch norm writes its statistics without counting a version.
+        self._buffers = [(b, b.detach().clone()) for b in unit.buffers()]
         self._weights = [(p, p._version) for p in unit.parameters()]
+        self._lent = frozenset(b.untyped_storage().data_ptr() for b in unit.buffers())
+
+    def lends(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in a buffer, whose value is another when the rerun is over."""
+        return tensor.untyped_storage().data_ptr() in self._lent
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -93,13 +99,10 @@ class Around:
                     STALE.format(shape=list(param.shape), now=param._version, then=then)
                 )
         rng, python = torch.get_rng_state(), random.getstate()
-        present = [(b, b.detach().clone()) for b, then, _ in self._buffers if b._version != then]
+        present = [(b, b.detach().clone()) for b, _ in self._buffers]
         enabled, dtype, cache = self._autocast
         try:
-            with torch.no_grad():
-                for buffer, then, value in self._buffers:
-                    if buffer._version != then:
-                        buffer.copy_(value)
+            _put(self._buffers)
             torch.set_rng_state(self._rng)
             random.setstate(self._random)
             with (
@@ -110,9 +113,15 @@ class Around:
         finally:
             torch.set_rng_state(rng)
             random.setstate(python)
-            with torch.no_grad():
-                for buffer, value in present:
-                    buffer.copy_(value)
+            _put(present)
+
+
+def _put(values: list[tuple[Tensor, Tensor]]) -> None:
+    """Give buffers these values; those that have them are not written to."""
+    with torch.no_grad():
+        for buffer, value in values:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 class Rerun:
@@ -214,7 +223,8 @@ class Rerun:
                 f"saved a tensor of shape {list(tensor.shape)} and {tensor.dtype} where it had "
                 f"saved one of shape {list(dropped.shape)} and {dropped.dtype}"
             )
-        self._made[index] = Saved(tensor, (), self._activations)
+        own = tensor.clone() if self._around.lends(tensor) else tensor
+        self._made[index] = Saved(own, (), self._activations)
 
     def _differs(self, how: str) -> OffloadError:
         return OffloadError(

@@ -61,6 +61,7 @@ class SwapArea:
         self._stages: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._slots: defaultdict[int, list[int]] = defaultdict(list)
         self._writing: deque[Parked] = deque()
+        self.ahead: list[weakref.ref[Parked]] = []  # read, or being read, and not used yet
         self.freed: deque[int] = deque()  # bytes of frames whose tensors are gone
 
     @property
@@ -72,6 +73,10 @@ class SwapArea:
                 "offload.runtime(model).close() or unwrap()"
             )
         return self._disk
+
+    def require_open(self) -> None:
+        """Raises OffloadError once the run is closed."""
+        assert self.disk is not None
 
     @property
     def used_bytes(self) -> int:
@@ -87,21 +92,29 @@ class SwapArea:
 
     def poll(self) -> None:
         """Finish what is done: credit freed frames, let go of tensors that are written."""
+        self.ahead = [ref for ref in self.ahead if (p := ref()) is not None and p.is_ahead]
         while self.freed:
             self.engine.ledger.give_other(self.freed.popleft())
         while self._writing and self._writing[0].written.done:
             self._writing.popleft().finish_write()
 
-    def relieve(self) -> bool:
-        """Wait for one write, for the room it gives; False when there is none under way."""
+    def relieve(self, desperate: bool = False) -> bool:
+        """Wait for one write, for the room it gives; False when there is none under way.
+
+        ``desperate``: where there is none, give up something that was read ahead.
+        """
         had_freed = bool(self.freed)
         self.poll()
         if had_freed:
             return True
-        if not self._writing:
-            return False
-        self._writing.popleft().finish_write()
-        return True
+        if self._writing:
+            self._writing.popleft().finish_write()
+            return True
+        while desperate and self.ahead:
+            parked = self.ahead.pop()()
+            if parked is not None and parked.give_up():
+                return True
+        return False
 
     def take_slot(self, size_bytes: int) -> int:
         """An offset in the file for so many bytes, whole pages. Raises SpillError."""
@@ -175,6 +188,7 @@ class Parked:
         self._sums: list[int] = []
         self._offset = area.take_slot(self._room_bytes)
         self._loading: tuple[Ticket, Tensor] | None = None
+        self._used = False
         address, size, offset, sums = storage.data_ptr(), self.size_bytes, self._offset, self._sums
         self._submit("write", self.written, lambda: area.writing(address, size, offset, sums))
 
@@ -186,6 +200,11 @@ class Parked:
     def is_away(self) -> bool:
         """Whether its bytes are in the file alone."""
         return self._held is None and self._loading is None
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it was read, or is being read, and not used yet."""
+        return self._loading is not None and not self._used
 
     def __del__(self) -> None:
         # A write under way keeps this alive (the area's queue); what a read under way may find,
@@ -218,6 +237,14 @@ class Parked:
         except BudgetError:
             return False
         self._load()
+        self._area.ahead.append(weakref.ref(self))
+        return True
+
+    def give_up(self) -> bool:
+        """Let go of what was read ahead; False when it is in use, or gone already."""
+        if not self.is_ahead:
+            return False
+        self.forget()
         return True
 
     def fetch(self) -> Tensor:
@@ -226,6 +253,7 @@ class Parked:
             self._load()
         assert self._loading is not None
         ticket, memory = self._loading
+        self._used = True
         self._wait("read", ticket, "read from")
         return memory
 
@@ -233,10 +261,12 @@ class Parked:
         """Let go of what was read: the file has it still."""
         if self._loading is not None:
             self._wait("read", self._loading[0], "read from")
-            self._loading = None
+            self._loading, self._used = None, False
+            self._area.poll()
 
     def _load(self) -> None:
         area, size, offset, sums = self._area, self.size_bytes, self._offset, self._sums
+        area.require_open()
         area.poll()
         area.engine.take_other(self._room_bytes, "a swapped activation")
         address = vm.reserve(self._room_bytes)
