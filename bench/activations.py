@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.4, help="of the recorded peak")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--disk", default="bench-spill")
     parser.add_argument(

@@ -99,10 +99,10 @@ class Chooser:
             Unit(s.forward_s, s.saved_bytes or 0, s.boundary_bytes, s.recomputable)
             for s in profile.seen
         ]
-        self.decision = decide(units, self._room(trace, units, busy), self._link(busy))
+        self.decision = decide(units, self._room(trace, units), self._link(busy))
         return list(self.decision.choices) != profile.choices
 
-    def _room(self, trace: Trace, units: Sequence[Unit], busy: float) -> Room:
+    def _room(self, trace: Trace, units: Sequence[Unit]) -> Room:
         """What the recorded step leaves to units: the rest is chunks, gradients, the head."""
         engine, profile = self._engine, self.profile
         capacity_bytes = engine.ledger.capacity_bytes
@@ -128,7 +128,7 @@ class Chooser:
             capacity_bytes - working_bytes,
             max(profile.head_bytes, transient_bytes),
             max(capacity_bytes - working_bytes - chunks_bytes, 0),
-            busy * disk_s,
+            disk_s,  # in full: on a CPU what moves chunks is taken from what computes
         )
 
     def _link(self, busy: float) -> Link | None:

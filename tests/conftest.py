@@ -58,10 +58,7 @@ class Manager:
         activations: str = "keep",
         step_in_backward: bool = False,
     ) -> Runtime:
-        """``offload.wrap`` with small chunks, poisoned frames and a made-up machine.
-
-        Saved activations are kept unless a test asks otherwise: budgets here are about chunks.
-        """
+        """``offload.wrap`` with small chunks, poisoned frames, made-up rates, activations kept."""
         tuning = Tuning(
             chunk_bytes=CHUNK_BYTES, prefetch=prefetch, machine=MACHINE, poison=True,
             adversary=adversary, keep_hooks=True,

@@ -247,6 +247,7 @@ def gradients(model: Stack, how: str) -> list[Any]:
         torch.stack([g.square().sum() for g in made]).sum().backward()
     elif how == "two passes":
         for block in model.blocks:  # plain PyTorch would refuse, too
+            assert isinstance(block, Block)
             block.saves_buffer = False
         (model(batch(1)) + model(batch(2))).backward()
     return [p.grad.clone() for p in params if p.grad is not None]
