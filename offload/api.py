@@ -20,7 +20,9 @@ from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError, SpillError
 from offload.homing import adopt_parameter
 from offload.ledger import Ledger
-from offload.optim.mirror import OptimizerProfile, profile
+from offload.optim.learn import learn
+from offload.optim.mirror import OptimizerProfile
+from offload.optim.narrow import Narrowing
 from offload.place import build_device, choose, refuse_hopeless, with_place
 from offload.prefetch.plan import Plan
 from offload.prefetch.planner import DoesNotFit, plan
@@ -76,7 +78,8 @@ def wrap(
     disk_memory: Size | None = None,
     max_grad_norm: float | None = None,
     step_in_backward: bool = False,
-    activations: str = "auto",
+    state_dtype: str | None = None,
+    activations: str = "keep",
     tuning: Tuning | None = None,
 ) -> tuple[M, Optimizer | None]:
     """Manage a model's weights, gradients and optimizer state in tiers; the same objects return.
@@ -93,9 +96,12 @@ def wrap(
     to move; after ``backward()`` there are no gradients, ``optimizer.step()`` does what is left.
     Together with ``max_grad_norm`` the update waits for the norm, as without it. Not for
     ``GradScaler``; if ``backward()`` raises, weights may be between two steps.
+    ``state_dtype="bf16"`` or ``"int8"`` stores optimizer state in a half or a quarter of float32's
+    bytes: other numbers than without, the same for every budget. See ``offload.optim.codecs``.
     ``activations``: what becomes of the tensors that repeated blocks save for the backward pass:
-    "keep", "recompute" (a block's forward runs again), "swap" (to disk), or "auto", which keeps
-    them where they fit and otherwise chooses per block from the recorded step.
+    "keep" (the default: the budget must hold them all), "recompute" (a block's forward runs again),
+    "swap" (to disk), or "auto", which keeps them where they fit and otherwise chooses per block
+    from the recorded step. Same bits in all four.
 
     Raises BudgetError (before anything is moved) when the budgets are too small,
     CoupledOptimizerError for optimizers that mix parameters, SpillError when the disk is full.
@@ -105,7 +111,8 @@ def wrap(
         given = understand(host_memory, disk, disk_memory, device_memory)
         given = with_place(given, choose(model, device, compute_dtype, tuning or Tuning()))
     given = with_activations(given, activations)
-    _manage(model, optimizer, given, How(max_grad_norm, step_in_backward), tuning or Tuning())
+    how = How(max_grad_norm, step_in_backward, state_dtype)
+    _manage(model, optimizer, given, how, tuning or Tuning())
     return model, optimizer
 
 
@@ -210,28 +217,27 @@ def _manage(
     for line in given.chosen:
         _say(line)
     refuse_odd_parameters(model)
-    learnt = profile(optimizer) if optimizer is not None else None
+    learnt, narrowing = learn(optimizer, how.state_dtype)
     refuse_hopeless(model, given)
-    parts = _build(model, optimizer, learnt, given, tuning)
+    parts = _build(model, learnt, narrowing, given, tuning)
     if given.place is not None:
         parts.device = build_device(model, parts.engine, parts.binding, given, tuning)
     run = Runtime(model, optimizer, parts, given)
     parts.means = _means(given, parts.engine, tuning)
-    attach(run, learnt, how, _say)
+    attach(run, learnt, narrowing, how, _say)
     model.__dict__["_offload"] = _Handle(run)
 
 
 def _build(
     model: nn.Module,
-    optimizer: Optimizer | None,
     learnt: OptimizerProfile | None,
+    narrowing: Narrowing,
     given: Given,
     tuning: Tuning,
 ) -> Parts:
     """Homes for everything, with the weights moved in."""
     trained = {p for p in learnt.params if p.requires_grad} if learnt is not None else set()
-    state = _mirrored_state(learnt, trained)
-    copies = 2 + len(state)
+    copies = 2 + max((narrowing.copies(learnt, p) for p in trained), default=0)
     chunk_bytes = tuning.chunk_bytes or choose_chunk_bytes(given.budget.host_bytes, copies)
     _refuse_hopeless(model, given, chunk_bytes, copies)
     pool = FramePool(poison=tuning.poison)
@@ -245,7 +251,7 @@ def _build(
                 space,
                 named,
                 is_trained,
-                _mirrored_state(learnt, (p for _, p in named)) if is_trained else {},
+                {k: v for _, p in named for k, v in narrowing.mirrors(learnt, p).items()},
                 chunk_bytes,
             )
             for (_, is_trained, _), named in family_keys(model, trained).items()
@@ -253,7 +259,7 @@ def _build(
     except DiskFull as error:
         raise SpillError(str(error.strerror)) from error
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    fixed = space.fixed_bytes + buffers + _plain_state_bytes(learnt, families)
+    fixed = space.fixed_bytes + buffers + _plain_state_bytes(learnt, narrowing, families)
     ledger = Ledger(given.budget.host_bytes, pool, fixed)
     if ledger.capacity_bytes < 0:
         raise _too_small(given, fixed, "weights, gradients and optimizer state")
@@ -307,20 +313,9 @@ def _planner(engine: Engine, given: Given, tuning: Tuning) -> Any:
     return make
 
 
-def _mirrored_state(
-    learnt: OptimizerProfile | None, params: Iterable[nn.Parameter]
-) -> dict[str, torch.dtype]:
-    """Names and dtypes of optimizer state that has the shape of its parameter."""
-    found: dict[str, torch.dtype] = {}
-    for param in params:
-        what = learnt.params.get(param) if learnt is not None else None
-        for tensor in what.state if what is not None else ():
-            if tensor.shape == tuple(param.shape):
-                found.setdefault(tensor.name, tensor.dtype)
-    return found
-
-
-def _plain_state_bytes(learnt: OptimizerProfile | None, families: Iterable[Family]) -> int:
+def _plain_state_bytes(
+    learnt: OptimizerProfile | None, narrowing: Narrowing, families: Iterable[Family]
+) -> int:
     """Optimizer state that stays in memory as plain tensors (factored moments and the like)."""
     if learnt is None:
         return 0
@@ -329,6 +324,7 @@ def _plain_state_bytes(learnt: OptimizerProfile | None, families: Iterable[Famil
         t.size_bytes
         for param, what in learnt.params.items()
         for t in what.state
+        if t.name not in narrowing.of(param)
         if t.shape != tuple(param.shape)
         or t.name not in (regions := mirrored.get(param, {}))
         or regions[t.name].itemsize != t.dtype.itemsize

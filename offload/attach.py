@@ -13,6 +13,7 @@ from offload.early import EarlyUpdate
 from offload.hooks import Hooks
 from offload.optim.clip import GradNorms
 from offload.optim.mirror import OptimizerProfile
+from offload.optim.narrow import Narrowing
 from offload.optim.step import ChunkedStep, Clip
 from offload.run import Runtime
 from offload.steps import Kind
@@ -27,10 +28,15 @@ class How:
 
     max_grad_norm: float | None = None
     step_in_backward: bool = False
+    state_dtype: str | None = None
 
 
 def attach(
-    run: Runtime, learnt: OptimizerProfile | None, how: How, say: Callable[[str], None]
+    run: Runtime,
+    learnt: OptimizerProfile | None,
+    narrowing: Narrowing,
+    how: How,
+    say: Callable[[str], None],
 ) -> None:
     """Hook up a run. ``learnt``: what its optimizer does, None without one."""
     parts = run.parts
@@ -51,7 +57,11 @@ def attach(
         on_grad = parts.early.arrived
     _attach_model(run, on_grad)
     optimizer = run.optimizer
-    _attach_optimizer(run, optimizer, lambda: ChunkedStep(optimizer, learnt, store, clip=clip))
+    _attach_optimizer(
+        run,
+        optimizer,
+        lambda: ChunkedStep(optimizer, learnt, store, clip=clip, narrowing=narrowing),
+    )
 
 
 def _attach_model(run: Runtime, on_grad: OnGrad | None) -> None:

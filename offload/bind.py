@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from offload.errors import OffloadError
+from offload.optim.codecs import Part
 from offload.tiers import vm
 from offload.tiers.home import HomeSpace, Region
-from offload.tiers.layout import Layout, lay_out
+from offload.tiers.layout import Layout, lay_out, page_elements
 
 
 def tensor_at(
@@ -58,7 +59,8 @@ def dense_strides(tensor: Tensor) -> tuple[int, ...]:
 class Family:
     """Parameters of one dtype that are all trained, or all not, laid out in one run.
 
-    ``states[name]`` mirrors the run for one same-shaped optimizer state tensor.
+    ``states[name]`` mirrors the run for one optimizer state tensor: same-shaped, or a value
+    for each block of elements.
     """
 
     names: list[str]
@@ -109,6 +111,19 @@ class Home:
     def grad_is_held(self) -> bool:
         """Whether anybody can still read the home: its chunks are worth keeping."""
         return self.grad_storage is not None and self.grad_storage() is not None
+
+    def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """A tensor over the home of one state; None where it has none of that shape and size."""
+        region = self.family.states.get(name)
+        if region is None or region.itemsize != dtype.itemsize:
+            return None
+        if region.layout is self.family.layout:
+            return tensor_at(region, self.index, self.param, dtype) if (
+                tuple(shape) == tuple(self.param.shape)
+            ) else None  # fmt: skip
+        if tuple(shape) != (region.layout.numels[self.index],):
+            return None
+        return tensor_at(region, self.index, torch.empty(shape, device="meta"), dtype)
 
     def new_grad(self) -> Tensor:
         """A fresh gradient tensor over the home."""
@@ -178,24 +193,27 @@ def build_family(
     space: HomeSpace,
     named: list[tuple[str, nn.Parameter]],
     trained: bool,
-    state: dict[str, torch.dtype],
+    state: dict[str, Part],
     chunk_bytes: int,
 ) -> Family:
     """Reserve homes for parameters of one dtype and for all that mirrors them.
 
-    ``state``: name and dtype of each same-shaped optimizer state tensor.
+    ``state``: name and kind of each optimizer state tensor that does.
     """
     itemsize = named[0][1].dtype.itemsize
-    elements = max(chunk_bytes // itemsize // 4096, 1) * 4096
-    layout = lay_out([p.numel() for _, p in named], elements)
+    block = max((part.elements for part in state.values()), default=1)
+    page = page_elements(block)
+    elements = max(chunk_bytes // itemsize // page, 1) * page
+    layout = lay_out([p.numel() for _, p in named], elements, block)
     family = Family(
         [n for n, _ in named], [p for _, p in named], trained, layout,
         space.add_region(f"weights ({named[0][0]}...)", layout, itemsize),
     )  # fmt: skip
     if trained:
         family.grads = space.add_region(f"gradients ({named[0][0]}...)", layout, itemsize)
-        for name, dtype in state.items():
+        for name, part in state.items():
+            mirror = layout if part.elements == 1 else layout.coarser(part.elements)
             family.states[name] = space.add_region(
-                f"{name} ({named[0][0]}...)", layout, dtype.itemsize
+                f"{name} ({named[0][0]}...)", mirror, part.dtype.itemsize
             )
     return family

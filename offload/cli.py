@@ -74,6 +74,9 @@ def finetune(
     lr: Annotated[_Real, Option(help="Peak learning rate.")] = None,
     weight_decay: Annotated[_Real, Option(help="AdamW's decay of matrices.")] = None,
     max_grad_norm: Annotated[_Real, Option(help="Clip gradients to this norm; 0: off.")] = None,
+    state_dtype: Annotated[
+        _Text, Option(help="Optimizer state in bf16 or int8; without: as AdamW keeps it.")
+    ] = None,
     dtype: Annotated[_Text, Option(help="Parameters in float32 or bfloat16.")] = None,
     bf16: Annotated[_Switch, Option("--bf16/--no-bf16", help="Compute in bfloat16.")] = None,
     gradient_checkpointing: Annotated[

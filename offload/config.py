@@ -53,7 +53,7 @@ class Given:
     disk: Path | None
     chosen: tuple[str, ...]  # budgets that were not given, as lines to tell the user
     place: Place | None = None  # compute in frames; None: where the weights are
-    activations: str = "auto"  # what becomes of saved tensors: auto, keep, recompute or swap
+    activations: str = "keep"  # what becomes of saved tensors: auto, keep, recompute or swap
 
 
 def understand(

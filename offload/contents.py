@@ -101,7 +101,12 @@ def _describe_optimizer(
         }
         for i, group in enumerate(optimizer.param_groups)
     ]
-    return {"class": class_name(optimizer), "groups": groups, "state": described}
+    return {
+        "class": class_name(optimizer),
+        "state_dtype": run.state_dtype,
+        "groups": groups,
+        "state": described,
+    }
 
 
 def _name_of(param: Tensor, names: Mapping[Tensor, str]) -> str:

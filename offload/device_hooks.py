@@ -22,6 +22,7 @@ from torch.autograd import Variable
 from torch.utils._pytree import tree_map
 
 from offload.bind import Binding, Home
+from offload.callers import caller_of_hooks, refuse_transforms
 from offload.device import frame_dtype
 from offload.device_engine import Device
 from offload.engine import Engine
@@ -30,7 +31,6 @@ from offload.guard import AllocationGuard
 from offload.homing import check_parameters
 from offload.hook import Hook, has_user_hooks
 from offload.hooks import Before, InFlight, settle_gradient
-from offload.hooks import _caller_of_hooks as caller_of_hooks
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations
 from offload.steps import Kind, Mode, Steps
@@ -139,12 +139,14 @@ class DeviceHooks:
     def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if compiled(module):
             raise OffloadError(COMPILED)
+        refuse_transforms()
         with self._lock:
             self._leave_contexts()  # an interrupt may have skipped the last leave
             self._end_pass()
             self._grads.in_flight.clear()
             check_parameters(module, self._binding)
-            self._device.engine.frames.scrutiny.careful = has_user_hooks(module)
+            self._host.user_hooks = has_user_hooks(module)
+            self._device.engine.frames.scrutiny.careful = self._host.user_hooks
             kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
             modes = [steps.begin(kind) for steps in self._levels]
         if kind is Kind.TRAIN:

@@ -69,7 +69,7 @@ class EarlyUpdate:
             )
         if param not in self._board.expected:
             return
-        if not home.grad_is_home:
+        if not home.grad_is_home:  # handed on by whoever debited it while it was made
             self._engine.take_other(home.size_bytes, f"the gradient of {home.name}")
             self._kept[param] = home.size_bytes
         for group in self._board.arrive(param):

@@ -58,7 +58,11 @@ class Engine:
         self._queue: deque[int] = deque()  # planned loads that wait for room
         self._last: tuple[Need, ...] = ()
         self.phase = Phase.FORWARD
+        self.user_hooks = True  # whether code of the user's may run within a backward pass
         self.largest_gradient_bytes = 0
+        self.largest_update_bytes = 0
+        self.foresee_step_bytes: Callable[[], int] = lambda: 0
+        self.remedy = "use a smaller batch or gradient checkpointing"
         # Room that is not chunks': a write that can be awaited; True: what was read ahead, too.
         self.relieve: Callable[[bool], bool] = lambda _: False
 
@@ -228,14 +232,17 @@ class Engine:
     def _refuse(self, size_bytes: int, keep: set[int], what: str) -> None:
         held = sum(self.space.chunks[c].size_bytes for c in keep & self._resident.keys())
         ledger = self.ledger
-        least = ledger.fixed_bytes + ledger.other_bytes + held + size_bytes
+        so_far = ledger.fixed_bytes + ledger.other_bytes + held + size_bytes
+        whole = self.foresee_step_bytes()  # 0 where that cannot be told
+        least = max(so_far, whole)
+        known = "the step" if whole >= so_far else "so far the step"
         raise BudgetError(
             f"host tier: {what} needs {format_size(size_bytes)} more, but of the budget of "
             f"{format_size(ledger.budget_bytes)} weights, gradients and state in use take "
             f"{format_size(held)}, activations and gradients in flight "
             f"{format_size(ledger.other_bytes)}, fixed memory {format_size(ledger.fixed_bytes)}; "
-            f"so far the step needs host_memory of at least {format_size(least)}: give that or "
-            "more, or use a smaller batch or gradient checkpointing",
+            f"{known} needs host_memory of at least {format_size(least)}: give that or "
+            f"more, or {self.remedy}",
             tier="host",
             needed_bytes=least,
             given_bytes=ledger.budget_bytes,
@@ -261,8 +268,9 @@ class Engine:
         except OSError:  # still resident and dirty: a fault that has passed costs nothing
             self.space.start_save(chunk)
             self._moving(chunk, "written to", lambda: self.space.finish_save(chunk))
-        # Outside the update user code (a hook) may have written since: then it is written again.
-        if not self.phase.updates and not self.space.unchanged(chunk):
+        # Where user code may have written since it is written again.
+        quiet = self.phase.updates or (self.phase is Phase.BACKWARD and not self.user_hooks)
+        if not quiet and not self.space.unchanged(chunk):
             chunk.dirty = True
         if chunk.dirty:
             self._evict(chunk)

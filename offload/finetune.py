@@ -72,7 +72,9 @@ class OffloadEngine:
         import offload
 
         # The budgets are those the model was made with.
-        offload.wrap(model, optimizer, max_grad_norm=config.optimizer.max_grad_norm or None)
+        told = config.optimizer
+        max_norm = told.max_grad_norm or None
+        offload.wrap(model, optimizer, max_grad_norm=max_norm, state_dtype=told.state_dtype)
         return offload.runtime(model)
 
 

@@ -40,13 +40,18 @@ class AllocationGuard(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _size_of_result(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        returns = func._schema.returns
-        if not returns or all(r.alias_info is not None for r in returns):
-            return 0  # views and in-place operations allocate nothing
+        if not allocates(func):
+            return 0
         key = _signature(func, args, kwargs)
         if key not in self._known:
             self._known[key] = _on_meta(func, args, kwargs)
         return self._known[key]
+
+
+def allocates(func: Any) -> bool:
+    """Whether an operation makes tensors; views and in-place operations do not."""
+    returns = func._schema.returns
+    return bool(returns) and any(r.alias_info is None for r in returns)
 
 
 def _signature(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:

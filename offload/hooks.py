@@ -16,14 +16,18 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.activations import KEEP_ALL, Means, Planned, find_units
 from offload.bind import Binding, Home
+from offload.callers import caller_of_hooks, refuse_transforms
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
+from offload.foresight import Foresight
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
 from offload.hook import Hook, has_user_hooks
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations, SavedTensors
 from offload.steps import Kind, Mode, Steps
+
+REMEDY = 'give offload.wrap activations="auto", or use a smaller batch or gradient checkpointing'
 
 
 class Hooks:
@@ -57,8 +61,14 @@ class Hooks:
             engine, means, activations, self._saved, self._enter_again, has_user_hooks
         )
         self._own: dict[nn.Module, Callable[..., None]] = {}
-        self._units = find_units(model) if means.setting != "keep" else {}
+        self._units = find_units(model)
         self._largest_input = 0
+        self._foresight = Foresight(model, engine, binding)
+        if means.setting == "keep":
+            engine.foresee_step_bytes = self._foresight.step_bytes  # it knows of keeping alone
+            if self._units:
+                engine.remedy = REMEDY
+            self._units = {}
         self._root = [
             model.register_forward_pre_hook(Hook(self._enter_root), prepend=True, with_kwargs=True),
             model.register_forward_hook(Hook(self._leave_root), always_call=True),
@@ -100,6 +110,7 @@ class Hooks:
     # -- forward ----------------------------------------------------------------------------
 
     def _enter_root(self, module: nn.Module, args: object, kwargs: object) -> None:
+        refuse_transforms()
         self._leave_contexts()  # an interrupt may have skipped the last leave
         self._in_flight.clear()  # nor is a backward pass under way: it may have been cut short
         check_parameters(module, self._binding)
@@ -116,7 +127,9 @@ class Hooks:
         if kind is Kind.TRAIN:
             self.activations.begin_pass(elements, len(self._units))
         self._in_backward = False
-        self._frame = _caller_of_hooks()
+        self._engine.user_hooks = has_user_hooks(module)
+        self._foresight.see(args, kwargs)
+        self._frame = caller_of_hooks()
         if kind is Kind.TRAIN:
             self._push(torch.autograd.graph.saved_tensors_hooks(
                 self._saved.pack, self._saved.unpack
@@ -269,19 +282,6 @@ class Hooks:
         self._before = self._frame = None
         while self._contexts:
             self._contexts.pop().__exit__(None, None, None)
-
-
-def _caller_of_hooks() -> FrameType | None:
-    """The frame of the module call that is running our pre-hook."""
-    frame = inspect.currentframe()
-    for _ in range(4):  # this function, the method, Hook.__call__
-        frame = frame.f_back if frame is not None else None
-        if frame is not None and frame.f_code.co_filename == _MODULE_FILE:
-            return frame
-    return None
-
-
-_MODULE_FILE = nn.Module.__call__.__code__.co_filename
 
 
 class Before:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from offload import data
-from offload.runconfig import TINY_MODEL, InputError, RunConfig
+from offload.runconfig import STATE_BYTES, TINY_MODEL, InputError, RunConfig
 from offload.rundir import RunDirectory
 from offload.tiers.spec import format_size, parse_size
 from offload.tinymodel import tiny_config, train_tokenizer
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 weight, and two fp32 moments of Adam
+WEIGHT_BYTES = 4  # at most, per parameter
 _CHECKPOINTS_AT_ONCE = 3  # two kept and one being written
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -148,7 +148,8 @@ def _check_output_space(root: Path, model_config: Any, config: RunConfig) -> Non
     """Checkpoints and the exported model must fit: found at the end, that would cost the run."""
     kept = _CHECKPOINTS_AT_ONCE if config.schedule.save_every else 2
     parameters = parameter_count(model_config)
-    needed_bytes = parameters * (CHECKPOINT_BYTES_PER_PARAMETER * kept + 4)
+    checkpoint_bytes = WEIGHT_BYTES + STATE_BYTES[config.optimizer.state_dtype]
+    needed_bytes = int(parameters * (checkpoint_bytes * kept + WEIGHT_BYTES))
     free_bytes = shutil.disk_usage(root).free
     if needed_bytes > free_bytes:
         raise InputError(

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from offload.bind import tensor_at
 from offload.codec import decode
 from offload.contents import class_name
 from offload.errors import CheckpointError
@@ -67,7 +66,8 @@ class StateTargets:
         full, _, name = spec.name.rpartition(_SEPARATOR)
         code, shape, where = self._saved["state"][full][name]["$state"]
         param = self._params[full]
-        target = self._home(param, name, DTYPES[code], tuple(shape))
+        home = self._run.parts.binding.homes.get(param)
+        target = home.state(name, tuple(shape), DTYPES[code]) if home and shape else None
         if target is None:
             # As the optimizer would have made it: strides like the parameter's.
             device = param.device if where == param.device.type else torch.device(where)
@@ -94,17 +94,6 @@ class StateTargets:
             for name, value in decode(saved["values"], values).items():
                 _assign(group, name, value)
 
-    def _home(
-        self, param: nn.Parameter, name: str, dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> Tensor | None:
-        home = self._run.parts.binding.homes.get(param)
-        region = home.family.states.get(name) if home is not None else None
-        if home is None or region is None or not shape or shape != tuple(param.shape):
-            return None
-        if region.itemsize != dtype.itemsize:
-            return None
-        return tensor_at(region, home.index, param, dtype)
-
     def _check(self, saved: Mapping[str, Any] | None, folder: Path) -> None:
         optimizer = self._run.optimizer
         assert optimizer is not None
@@ -113,6 +102,11 @@ class StateTargets:
         if saved["class"] != class_name(optimizer):
             raise _mismatch(
                 folder, f"it was saved with {saved['class']}, this is {class_name(optimizer)}"
+            )
+        if saved.get("state_dtype") != self._run.state_dtype:
+            raise _mismatch(
+                folder,
+                f"its state_dtype is {saved.get('state_dtype')!r}, not {self._run.state_dtype!r}",
             )
         names = {p: k for k, p in self._params.items()}
         here = [[names.get(p) for p in group["params"]] for group in optimizer.param_groups]

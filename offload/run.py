@@ -63,6 +63,12 @@ class Runtime:
                 return follower.plan
         return None
 
+    @property
+    def state_dtype(self) -> str | None:
+        """What ``wrap`` was told of optimizer state; None: as the optimizer keeps it."""
+        stepper = self.parts.stepper
+        return stepper.narrowing.state_dtype if stepper is not None else None
+
     def stats(self) -> dict[str, Any]:
         """What happened so far; see docs/stats.md for every key and its unit."""
         engine, steps = self.parts.engine, self.parts.steps
@@ -153,7 +159,12 @@ class Runtime:
         export(self, path)
 
     def unwrap(self) -> tuple[nn.Module, Optimizer | None]:
-        """Plain tensors again, in plain memory (all of it must fit); the run is closed."""
+        """Plain tensors again, in plain memory (all of it must fit); the run is closed.
+
+        Optimizer state has the optimizer's own dtypes again, whatever ``state_dtype`` was.
+        """
+        if self.parts.stepper is not None:
+            self.parts.stepper.widen_state()
         self._detach()
         release_all(self.parts.binding)
         if self.optimizer is not None:

@@ -19,6 +19,7 @@ from offload.tiers.spec import parse_size
 
 TINY_MODEL = "tiny-llama-30m"
 DTYPES = ("float32", "bfloat16")
+STATE_BYTES = {None: 8.0, "bf16": 4.0, "int8": 2.04}  # of AdamW's two moments, per parameter
 PRETRAINED_LR = 2e-5
 RANDOM_INIT_LR = 1e-3
 
@@ -60,11 +61,12 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
-    """AdamW. ``max_grad_norm`` 0 turns clipping off."""
+    """AdamW. ``max_grad_norm`` 0 turns clipping off. ``state_dtype``: see ``offload.wrap``."""
 
     lr: float = _real(PRETRAINED_LR, 0.0)
     weight_decay: float = _real(0.01, 0.0)
     max_grad_norm: float = _real(1.0, 0.0)
+    state_dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +250,11 @@ def _check_together(config: RunConfig) -> None:
     if config.compute.dtype not in DTYPES:
         options = " or ".join(DTYPES)
         raise InputError(f"compute.dtype must be {options}, not {config.compute.dtype!r}")
+    if config.optimizer.state_dtype not in STATE_BYTES:
+        options = " or ".join(str(name) for name in STATE_BYTES if name)
+        raise InputError(
+            f"optimizer.state_dtype must be {options}, not {config.optimizer.state_dtype!r}"
+        )
     if config.schedule.warmup >= config.schedule.steps > 1:
         raise InputError(
             f"schedule.warmup ({config.schedule.warmup}) must be below schedule.steps "

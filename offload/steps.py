@@ -110,7 +110,8 @@ class Steps:
             for name, lane in engine.space.lanes.items():
                 moved = lane.meter.moved_bytes - self._moved[name]
                 track.replayed_bytes[name].append(moved)
-        self._learn(track, trace)
+        if track.mode is not Mode.FITS:  # without hooks it shows the update alone
+            self._learn(track, trace)
         self._resume()
 
     def median_s(self, kind: Kind) -> float | None:
@@ -154,7 +155,8 @@ class Steps:
         track = self.tracks[kind]
         if track.trace is None or not track.stale:
             return
-        track.fits = self.fits(kind)
+        # A second step with hooks: the first also pays for lazy initialisation.
+        track.fits = self.fits(kind) and bool(track.replayed_s or self._plan_for is None)
         if self._plan_for is None or not track.trace.moments:
             return  # a step may use none of our weights: the user's are in their place
         last = len(track.trace.moments) - 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from offload.bind import Binding, Family, tensor_at
+from offload.bind import Binding, Family
 from offload.engine import Engine
 from offload.optim.mirror import OptimizerProfile
 from offload.optim.state import Segment, UpdateGroup
@@ -36,6 +36,9 @@ class UpdateStore:
             if family.trained:
                 self._plans += _family_groups(family, profile)
         self._homed = len(self._plans)
+        engine.largest_update_bytes = sum(
+            engine.space.chunks[c].size_bytes for c in self.largest_group
+        )
 
     @property
     def largest_group(self) -> tuple[int, ...]:
@@ -86,15 +89,13 @@ class UpdateStore:
         self, param: nn.Parameter, name: str, shape: torch.Size, dtype: torch.dtype
     ) -> Tensor | None:
         home = self._binding.homes.get(param)
-        region = home.family.states.get(name) if home is not None else None
-        if home is None or region is None or shape != param.shape:
-            return None
-        if region.itemsize != dtype.itemsize:
+        tensor = home.state(name, shape, dtype) if home is not None else None
+        if home is None or tensor is None:
             return None
         # Outside a step this may be written through the mapping: then the file is the truth.
-        for c in region.chunks_of(home.index):
+        for c in home.family.states[name].chunks_of(home.index):
             self._engine.space.trust_file(self._engine.space.chunks[c])
-        return tensor_at(region, home.index, param, dtype)
+        return tensor
 
 
 class NotedGradients:

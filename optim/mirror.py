@@ -38,11 +38,15 @@ _TINY_MANY = (2, 3, 5, 7, 11, 13, 17, 19)
 
 @dataclass(frozen=True, slots=True)
 class StateTensor:
-    """One tensor of optimizer state as it will be after the first step."""
+    """One tensor of optimizer state as it will be after the first step.
+
+    ``non_negative``: none of its elements was below zero when the optimizer was tried.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    non_negative: bool = False
 
     @property
     def size_bytes(self) -> int:
@@ -384,7 +388,8 @@ def _forecast(
             if real is value
             else tuple(real.shape)
         )
-        state.append(StateTensor(name, shape, value.dtype))
+        non_negative = not value.is_complex() and bool((value >= 0).all())
+        state.append(StateTensor(name, shape, value.dtype, non_negative))
         if shape == tuple(param.shape):
             element_names.add(name)
     return ParamProfile(elementwise, tuple(state), tuple(unmanaged), frozenset(element_names))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from offload.errors import OffloadError
 from offload.optim.groups import own_copy, same
+from offload.optim.narrow import Kept
 from offload.optim.state import Segment, StateHomes
 
 ALIGN_ELEMENTS = 16
@@ -60,7 +61,10 @@ class Sizes:
 
 @dataclass(slots=True, eq=False)
 class Source:
-    """One segment with everything its pieces are views of. ``flats`` is None for a whole step."""
+    """One segment with everything its pieces are views of. ``flats`` is None for a whole step.
+
+    ``step``: how many steps its group has taken with narrowed state.
+    """
 
     segment: Segment
     group: int
@@ -69,6 +73,8 @@ class Source:
     sizes: Sizes
     element_names: frozenset[str]  # the state that is known to be per element
     flats: dict[str, Tensor] | None = None  # per-element state, flattened
+    kept: dict[str, Kept] = field(default_factory=dict)  # state that is stored narrow
+    step: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -99,7 +105,7 @@ class Piece:
         self.state = {
             name: source.flats[name][where] if name in source.flats else own_copy(value)
             for name, value in source.entries.items()
-        }
+        } | {name: kept.widen(self.start, self.stop) for name, kept in source.kept.items()}
 
 
 def check_grad(param: nn.Parameter, grad: Tensor) -> None:
@@ -114,13 +120,15 @@ def check_grad(param: nn.Parameter, grad: Tensor) -> None:
 def flatten(source: Source) -> None:
     """Let the source be cut, unless it is stepped whole: then nothing needs a view or a copy.
 
-    Whole are scalars and empty tensors, what fits one piece, and what has no flat view.
+    Whole are scalars and empty tensors, what fits one piece, and what has no flat view. What has
+    narrowed state, which is contiguous and elementwise, is always cut.
     """
     segment, param = source.segment, source.segment.param
     if (segment.start, segment.stop) == (0, param.numel()):
         piece_elements = source.sizes.piece_elements
         fits = piece_elements is None or param.numel() <= piece_elements or param.dim() == 0
-        if fits or not (param.is_contiguous() and source.grad.is_contiguous()):
+        plain = param.is_contiguous() and source.grad.is_contiguous()
+        if not source.kept and (fits or not plain):
             return
     source.grad = source.grad.detach().reshape(-1)
     source.flats = {
@@ -168,14 +176,18 @@ class StateMerge:
         self._homes = homes
         self._left = param.numel()
         self._entries: dict[str, Any] = {}  # homes, and scalars that every piece agrees on
+        self._kept: dict[str, Kept] = {}  # narrowed state that is being made
 
     def absorb(self, piece: Piece, after: dict[str, Any]) -> bool:
         """Take a stepped piece's state; True when it was the parameter's last piece.
 
         Raises OffloadError when pieces end with different scalars.
         """
+        codecs = self._homes.narrowing.of(self._param)
         for name, value in after.items():
-            if self._is_element_state(piece, name, value):
+            if name in codecs:
+                self._absorb_narrow(piece, name, value)
+            elif self._is_element_state(piece, name, value):
                 self._absorb_tensor(piece, name, value)
             elif name not in self._entries:
                 self._entries[name] = value
@@ -213,6 +225,14 @@ class StateMerge:
             )
         with torch.no_grad():
             self._entries[name].view(-1)[piece.start : piece.stop].copy_(value.view(-1))
+
+    def _absorb_narrow(self, piece: Piece, name: str, value: Tensor) -> None:
+        kept = piece.source.kept.get(name) or self._kept.get(name)
+        if kept is None:
+            kept = self._homes.reserve_narrow(self._param, name, piece.source.step)
+            self._kept[name] = kept
+        kept.narrow(value, piece.start)
+        self._entries |= kept.parts
 
     def commit(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """Make ``state[param]`` the gathered state; scalar tensors change in place."""

@@ -6,13 +6,16 @@ engine's home tensors, whoever replaced them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from offload.errors import OffloadError
+from offload.optim.narrow import Kept, Narrowing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +67,8 @@ class Store(Protocol):
 class StateHomes:
     """The binding ``optimizer.state[p][name] is home``, kept against outside replacement."""
 
-    def __init__(self, optimizer: Optimizer, store: Store) -> None:
+    def __init__(self, optimizer: Optimizer, store: Store, narrowing: Narrowing) -> None:
+        self.narrowing = narrowing
         self._optimizer = optimizer
         self._store = store
         # What this class last put there: a home, or the plain tensor of an unmanaged entry.
@@ -76,10 +80,13 @@ class StateHomes:
             if not isinstance(param, nn.Parameter) or param.dim() == 0:
                 continue
             bound = self._bound.get(param, {})
-            for name, value in entries.items():
-                if not isinstance(value, Tensor) or value.dim() == 0:
+            stored = {n for k in self.narrowing.kept(param, entries, 0).values() for n in k.parts}
+            for name, value in list(entries.items()):
+                if not isinstance(value, Tensor) or value.dim() == 0 or bound.get(name) is value:
                     continue
-                if bound.get(name) is not value:
+                if name in self.narrowing.of(param) and name not in stored:
+                    entries |= self.narrowed(param, name, value)
+                elif entries[name] is value:  # not a scale that was just made
                     entries[name] = self.place(param, name, value)
 
     def place(self, param: nn.Parameter, name: str, value: Tensor) -> Tensor:
@@ -95,10 +102,34 @@ class StateHomes:
         self._bound.setdefault(param, {})[name] = home
         return home
 
-    def reserve(self, param: nn.Parameter, name: str, dtype: torch.dtype) -> Tensor:
-        """The home of per-element state that will be filled slice by slice."""
-        home = self._store.home_of_state(param, name, param.shape, dtype)
+    def narrowed(self, param: nn.Parameter, name: str, value: Tensor) -> Mapping[str, Tensor]:
+        """The homes that now hold a whole ``value``, narrowed to the nearest."""
+        if not value.is_floating_point() or value.shape != param.shape:
+            raise OffloadError(
+                f"{name} of a parameter of shape {tuple(param.shape)} is {value.dtype} of shape "
+                f"{tuple(value.shape)}: it cannot be stored as state_dtype="
+                f'"{self.narrowing.state_dtype}"'
+            )
+        kept = self.reserve_narrow(param, name, 0)
+        kept.narrow(value, 0, nearest=True)
+        return kept.parts
+
+    def reserve_narrow(self, param: nn.Parameter, name: str, step: int) -> Kept:
+        """The homes of narrowed state that will be filled slice by slice."""
+        parts = {}
+        for suffix, part in self.narrowing.of(param)[name].parts.items():
+            whole = part.elements == 1
+            shape = param.shape if whole else torch.Size([-(-param.numel() // part.elements)])
+            parts[name + suffix] = self.reserve(param, name + suffix, part.dtype, shape)
+        return self.narrowing.keep(param, name, parts, step)
+
+    def reserve(
+        self, param: nn.Parameter, name: str, dtype: torch.dtype, shape: torch.Size | None = None
+    ) -> Tensor:
+        """The home of state (per element unless ``shape``) that will be filled slice by slice."""
+        shape = param.shape if shape is None else shape
+        home = self._store.home_of_state(param, name, shape, dtype)
         if home is None:
-            home = torch.empty(param.shape, dtype=dtype, device=param.device)
+            home = torch.empty(shape, dtype=dtype, device=param.device)
         self._bound.setdefault(param, {})[name] = home
         return home

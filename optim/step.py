@@ -20,8 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from offload.errors import OffloadError
 from offload.optim import mirror
 from offload.optim.clip import GradNorms
+from offload.optim.codecs import BLOCK_ELEMENTS
 from offload.optim.groups import GroupLedger, raw_step
 from offload.optim.mirror import OptimizerProfile
+from offload.optim.narrow import COUNTER, Narrowing, show_in_state_dict, widen_state
 from offload.optim.pieces import (
     ALIGN_ELEMENTS,
     Piece,
@@ -76,33 +78,49 @@ class ChunkedStep:
         store: Store,
         *,
         clip: Clip | None = None,
+        narrowing: Narrowing | None = None,
         piece_elements: int = PIECE_ELEMENTS,
     ) -> None:
         """Install the hooks and move state that exists already into its homes.
 
         With ``clip`` the gradients are scaled on their way through the update and stay as they
-        are in ``p.grad``. Raises ValueError for a piece size that is not a multiple of 64.
+        are in ``p.grad``. Raises ValueError for a piece size that is not a multiple of 64; of
+        256, where state is narrowed.
         """
-        if piece_elements <= 0 or piece_elements % (4 * ALIGN_ELEMENTS):
-            raise ValueError(f"piece_elements must be a multiple of 64, got {piece_elements}")
+        unit = BLOCK_ELEMENTS if narrowing else 4 * ALIGN_ELEMENTS
+        if piece_elements <= 0 or piece_elements % unit:
+            raise ValueError(f"piece_elements must be a multiple of {unit}, got {piece_elements}")
         self.last_total_norm: Tensor | None = None  # [], of the last clipped step
         self._optimizer = optimizer
         self._profile = profile
         self._store = store
         self._clip = clip
         self._piece_elements = piece_elements
-        self._homes = StateHomes(optimizer, store)
+        self._homes = StateHomes(optimizer, store, narrowing or Narrowing())
         self._open: tuple[GroupLedger, Optimizer] | None = None
         self._ahead: _Run | None = None  # a step that was begun before it was asked for
         self._homes.adopt()
+        show_in_state_dict(self.narrowing, optimizer)
         self._handles: tuple[RemovableHandle, ...] = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
             optimizer.register_load_state_dict_post_hook(lambda _: self._homes.adopt()),
         )
 
+    @property
+    def narrowing(self) -> Narrowing:
+        """How state is stored."""
+        return self._homes.narrowing
+
+    def widen_state(self) -> None:
+        """Give the optimizer plain state of its own dtypes; all of it must fit in memory."""
+        widen_state(self.narrowing, self._optimizer)
+
     def close(self) -> None:
-        """Remove the hooks: the optimizer steps as torch wrote it. State stays in its homes."""
+        """Remove the hooks: the optimizer steps as torch wrote it. State stays in its homes.
+
+        Narrowed state stays narrow, which the optimizer cannot step: see `widen_state`.
+        """
         for handle in self._handles:
             handle.remove()
 
@@ -170,13 +188,15 @@ class ChunkedStep:
         for group in groups:
             self._run_group(group, run)
         run.ledger.commit()
+        self.narrowing.count(self._optimizer)
         empty.param_groups = run.ledger.open({}, {}).param_groups
         self._open = (run.ledger, empty)
 
     def _new_run(self, coefficient: Tensor | None) -> _Run:
         group_of = {p: i for i, g in enumerate(self._optimizer.param_groups) for p in g["params"]}
         if not group_of.keys() <= self._profile.params.keys():
-            self._profile = mirror.profile(self._optimizer)  # add_param_group
+            seen = self.narrowing.as_learnt(self._optimizer)
+            self._profile = mirror.profile(seen)  # add_param_group
         return _Run(GroupLedger(self._optimizer), group_of, coefficient)
 
     def _run_group(self, group: UpdateGroup, run: _Run) -> None:
@@ -221,11 +241,18 @@ class ChunkedStep:
         check_segment(segment, known.elementwise)
         check_grad(param, grad)
         entries = self._optimizer.state.get(param, {})
+        options = self._optimizer.param_groups[index]
+        narrow = bool(self.narrowing.of(param))
         copies = run.coefficient is not None or (not entries and bool(known.state))
-        sizes = self._sizes(self._optimizer.param_groups[index], grad, copies)
+        sizes = self._sizes(options, grad, copies)
         if not known.elementwise:
             sizes = Sizes(None, sizes.call_elements)
         source = Source(segment, index, grad, entries, sizes, known.element_names)
+        if narrow:  # one piece a call: what it is widened into stays in the cache and is reused
+            source.sizes = Sizes(self._piece_elements, self._piece_elements)
+            source.step = options.get(COUNTER, 0)
+            source.kept = self.narrowing.kept(param, entries, source.step)
+            source.entries = self.narrowing.others(source.kept, entries)
         flatten(source)
         return source
 

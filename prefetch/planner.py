@@ -9,16 +9,15 @@ reserve trades bytes moved against time to hide them in; several are tried in si
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from offload.prefetch.plan import Forecast, Ops, Plan
-from offload.prefetch.residency import Bools, Gaps, Ints, Room, choose, find_gaps, taken
-from offload.prefetch.simulate import Timeline, bound, simulate
-from offload.prefetch.trace import Moment, Phase, Trace
+from offload.prefetch.residency import Gaps, choose, find_gaps, taken
+from offload.prefetch.simulate import Replay, Timeline, bound
+from offload.prefetch.trace import Phase, Trace
+from offload.prefetch.uses import Bools, Ints, Uses, find_uses
 from offload.tiers.spec import Machine, format_size
 
 _RESERVES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # times the largest needs of a moment
@@ -49,7 +48,7 @@ class DoesNotFit(Exception):  # noqa: N818 (says what happened)
 
 def smallest_bytes(trace: Trace) -> int:
     """The least capacity with which ``plan`` succeeds."""
-    return max((_needed(trace, moment) for moment in trace.moments), default=0)
+    return int(max(_held_bytes(trace, find_uses(trace)), default=0))
 
 
 def plan(trace: Trace, machine: Machine, capacity_bytes: int) -> Plan:
@@ -60,65 +59,70 @@ def plan(trace: Trace, machine: Machine, capacity_bytes: int) -> Plan:
     """
     if not trace.moments:
         raise ValueError("a trace without moments cannot be planned")
-    least = smallest_bytes(trace)
-    for index, moment in enumerate(trace.moments):
-        if _needed(trace, moment) > capacity_bytes:
-            raise DoesNotFit(index, _needed(trace, moment), capacity_bytes, least)
-    gaps = find_gaps(trace, machine)
-    plans = []
-    for reserve in _reserves(trace, len(gaps.chunk), capacity_bytes - least):
-        stays = _stays(trace, gaps, capacity_bytes, reserve)
+    uses = find_uses(trace)
+    held = _held_bytes(trace, uses)
+    least = int(held.max())
+    if least > capacity_bytes:
+        index = int(np.argmax(held > capacity_bytes))
+        raise DoesNotFit(index, int(held[index]), capacity_bytes, least)
+    gaps = find_gaps(trace, machine, uses)
+    replay = Replay(trace, machine, capacity_bytes, uses)
+    unit, plans = int(uses.needed_bytes.max()), []
+    for reserve in _reserves(unit, len(gaps.chunk), capacity_bytes - least):
+        stays = _stays(trace, gaps, capacity_bytes - held, reserve)
         ops, start = _operations(trace, gaps, stays)
-        timeline = simulate(trace, machine, capacity_bytes, ops, start)
-        plans.append(Plan(ops, start, reserve, _forecast(trace, machine, gaps, stays, timeline)))
+        timeline = replay.run(ops, start)
+        forecast = _forecast(trace, machine, capacity_bytes, gaps, stays, timeline)
+        plans.append(Plan(ops, start, reserve, forecast))
         if timeline.read_bytes + timeline.write_bytes == 0:
             break  # all of it stays: no reserve can help
     return min(plans, key=lambda p: (p.forecast.step_s, p.reserve_bytes))
 
 
-def _needed(trace: Trace, moment: Moment) -> int:
-    return _needs_bytes(trace, moment) + moment.other_bytes
+def _held_bytes(trace: Trace, uses: Uses) -> Ints:
+    """For each moment, what it holds at least: its needs and what is not chunks."""
+    return uses.needed_bytes + np.array([m.other_bytes for m in trace.moments], dtype=np.int64)
 
 
-def _needs_bytes(trace: Trace, moment: Moment) -> int:
-    return sum(trace.chunk_bytes[c] for c in {n.chunk for n in moment.needs})
-
-
-def _reserves(trace: Trace, uses: int, spare_bytes: int) -> list[int]:
+def _reserves(unit_bytes: int, uses: int, spare_bytes: int) -> list[int]:
     """Reserves to try, ascending: parts and multiples of what the hungriest moment needs."""
-    unit = max(_needs_bytes(trace, m) for m in trace.moments)
     factors: tuple[float, ...] = _RESERVES
     if uses > _LARGE_TRACE:
         factors = _ONE_RESERVE if uses > _HUGE_TRACE else _FEW_RESERVES
-    return sorted({min(int(unit * f), spare_bytes) for f in factors})
+    return sorted({min(int(unit_bytes * f), spare_bytes) for f in factors})
 
 
 @dataclass(frozen=True, slots=True)
 class _Stays:
     """For each gap: ``held`` moments in the fast tier after the use; what remains free.
 
-    A gap with ``held < reach - 1`` ends with a drop in moment ``after + held + 1``.
+    A gap with ``held < reach - 1`` ends with a drop in moment ``after + held + 1``: ``gone``.
     """
 
     held: Ints
-    room: Room
+    gone: Bools
+    free: Ints
 
 
-def _stays(trace: Trace, gaps: Gaps, capacity_bytes: int, reserve_bytes: int) -> _Stays:
+def _stays(trace: Trace, gaps: Gaps, free_bytes: Ints, reserve_bytes: int) -> _Stays:
     """Residency and dwell."""
-    moments = trace.moments
-    free = np.array([capacity_bytes - _needed(trace, m) for m in moments], dtype=np.int64)
-    kept = choose(gaps, free - reserve_bytes)
+    count = len(trace.moments)
+    kept = choose(gaps, free_bytes - reserve_bytes)
     held = np.where(kept, gaps.span, 0)
-    first = gaps.after + 1
-    room = Room(free - taken(first, held, gaps.size_bytes, len(moments)).astype(np.int64))
-    for g in np.flatnonzero((held == 0) & (gaps.reach > 1)).tolist():
-        # The engine itself runs an update's arithmetic: there, nothing reads on.
-        at = int(first[g]), 1, int(gaps.size_bytes[g])
-        if not moments[int(gaps.after[g])].phase.updates and room.fits(*at):
-            room.take(*at)
-            held[g] = 1
-    return _Stays(held, room)
+    first = (gaps.after + 1) % count
+    load = taken(first, held, gaps.size_bytes, count).astype(np.int64)
+    free: list[int] = (free_bytes - load).tolist()
+    # The engine itself runs an update's arithmetic: there, nothing reads on.
+    update = np.array([m.phase.updates for m in trace.moments])
+    short = np.flatnonzero((held == 0) & (gaps.reach > 1) & ~update[gaps.after])
+    stay = []
+    for g, t, size in zip(*(c.tolist() for c in (short, first[short], gaps.size_bytes[short])),
+                          strict=True):  # fmt: skip
+        if free[t] >= size:
+            free[t] -= size
+            stay.append(g)
+    held[stay] = 1
+    return _Stays(held, held < gaps.reach - 1, np.array(free, dtype=np.int64))
 
 
 def _operations(trace: Trace, gaps: Gaps, stays: _Stays) -> tuple[tuple[Ops, ...], frozenset[int]]:
@@ -127,86 +131,78 @@ def _operations(trace: Trace, gaps: Gaps, stays: _Stays) -> tuple[tuple[Ops, ...
     drops: list[list[int]] = [[] for _ in range(count)]
     loads: list[list[int]] = [[] for _ in range(count)]
     start = {need.chunk for need in trace.moments[-1].needs}
-    gone = stays.held < gaps.reach - 1
+    gone = stays.gone
     out = gaps.after + stays.held + 1  # moment of the drop, counted on into the next lap
-    for g in np.flatnonzero(gone).tolist():
-        drops[out[g] % count].append(int(gaps.chunk[g]))
+    for moment, chunk in zip((out[gone] % count).tolist(), gaps.chunk[gone].tolist(), strict=True):
+        drops[moment].append(chunk)
     over_end = np.where(gone, out, gaps.after + gaps.reach) >= count
-    start.update(gaps.chunk[over_end & (gaps.after < count)].tolist())
-    for chunk, moment in _read_ahead(gaps, stays, gone, count):
-        loads[moment % count].append(chunk)
-        if moment < 0:
-            start.add(chunk)
+    start.update(gaps.chunk[over_end].tolist())
+    chunks, queued = _read_ahead(gaps, stays, count)
+    for moment, chunk in zip((queued % count).tolist(), chunks.tolist(), strict=True):
+        loads[moment].append(chunk)
+    start.update(chunks[queued < 0].tolist())
     ops = tuple(Ops(tuple(d), tuple(ls)) for d, ls in zip(drops, loads, strict=True))
     return ops, frozenset(start)
 
 
-@dataclass(slots=True)
-class _Read:
-    """A read: needed in moment ``due``, queued in ``queued``, never before ``floor``."""
-
-    chunk: int
-    size_bytes: int
-    due: int
-    floor: int
-    queued: int = 0
-
-
-def _read_ahead(gaps: Gaps, stays: _Stays, gone: Bools, count: int) -> Iterator[tuple[int, int]]:
-    """Yield (chunk, moment to queue its read), in queue order; below zero: in the lap before.
+def _read_ahead(gaps: Gaps, stays: _Stays, count: int) -> tuple[Ints, Ints]:
+    """(chunks to read, moment to queue each), in queue order; below zero: in the lap before.
 
     First come, first served: each read in the order of need goes as early as there is room
     from there to its need, but not before the one ahead of it. Moments before the lap's start
     are its end, so they are taken last, when the lap's own reads have been placed.
+
+    Reads are queued and needed in one order, so in a moment before the need of read k those of
+    the first k take room that are not needed until then. So read k can be queued behind the
+    last moment whose room, with all that was needed up to it given back, is less than the first
+    k together: no search, a look-up.
     """
-    room, reads, last = stays.room, _reads(gaps, stays, gone, count), 0
-    for read in reads:
-        read.queued = room.back_from(read.due, max(last, read.floor, 0), read.size_bytes)
-        room.take(read.queued, read.due - read.queued, read.size_bytes)
-        last = read.queued
-    early = last - count
-    for read in reads:
-        if read.queued > 0:
-            break
-        floor = max(early, read.floor, read.due - count + 1)
-        if floor < 0:
-            read.queued = room.back_from(count, floor + count, read.size_bytes) - count
-            room.take(read.queued, -read.queued, read.size_bytes)
-        early = read.queued
-    ahead = sorted(reads, key=lambda r: r.queued % count)  # stable: this lap's before the next's
-    late = [r for r in ahead if r.queued >= 0]
-    yield from ((r.chunk, r.queued) for r in late)
-    yield from ((r.chunk, r.queued) for r in ahead if r.queued < 0)
+    rows, due, floor = _reads(gaps, stays, count)
+    size = gaps.size_bytes[rows]
+    behind = np.cumsum(size)
+    needed = np.cumsum(np.bincount(due, size, count)).astype(np.int64)
+    queued = np.maximum(_behind_last_short(stays.free + needed, behind), np.maximum(floor, 0))
+    queued = np.maximum.accumulate(queued)
+    if len(queued):
+        free = stays.free - taken(queued, due - queued, size, count).astype(np.int64)
+        at_once = queued == 0  # the first ones: the lap before may have room
+        floor = np.maximum(floor, np.maximum(due - count + 1, queued[-1] - count)) + count
+        early = np.maximum(_behind_last_short(free, behind), floor)
+        queued = np.where(at_once, np.minimum(np.maximum.accumulate(early) - count, 0), queued)
+    order = np.argsort(queued % count, kind="stable")  # this lap's before the next's
+    order = np.concatenate((order[queued[order] >= 0], order[queued[order] < 0]))
+    return gaps.chunk[rows[order]], queued[order]
 
 
-def _reads(gaps: Gaps, stays: _Stays, gone: Bools, count: int) -> list[_Read]:
-    """The reads of a lap in the order of need."""
-    due = (gaps.after + gaps.reach) % count
-    floor = due - gaps.reach + stays.held + 2  # the moment after the drop
-    rows = np.flatnonzero(gone & gaps.reads)
-    rows = rows[np.argsort(due[rows], kind="stable")]
-    columns = (gaps.chunk, gaps.size_bytes, due, floor)
-    return [_Read(*row) for row in zip(*(c[rows].tolist() for c in columns), strict=True)]
+def _behind_last_short(free_bytes: Ints, size_bytes: Ints) -> Ints:
+    """For each size (ascending), the moment after the last in which there is less room."""
+    least = np.minimum.accumulate(free_bytes[::-1])[::-1]
+    return np.searchsorted(least, size_bytes).astype(np.int64)
+
+
+def _reads(gaps: Gaps, stays: _Stays, count: int) -> tuple[Ints, Ints, Ints]:
+    """The gaps that end with a read, in the order of need; when it is due; its earliest moment."""
+    rows = np.flatnonzero(stays.gone & gaps.reads)
+    due = (gaps.after[rows] + gaps.reach[rows]) % count
+    order = np.argsort(due, kind="stable")
+    rows, due = rows[order], due[order]
+    return rows, due, due - gaps.reach[rows] + stays.held[rows] + 2  # the moment after the drop
 
 
 def _forecast(
-    trace: Trace, machine: Machine, gaps: Gaps, stays: _Stays, timeline: Timeline
-) -> Forecast:
+    trace: Trace, machine: Machine, capacity_bytes: int, gaps: Gaps, stays: _Stays,
+    timeline: Timeline,
+) -> Forecast:  # fmt: skip
     """Bytes are counted for the phase that needs a read, and that last used what is written."""
-    phases = [m.phase for m in trace.moments]
-    count = len(phases)
-    reads: Counter[Phase] = Counter()
-    writes: Counter[Phase] = Counter()
-    away = stays.held < gaps.span
-    fetched = (stays.held < gaps.reach - 1) & gaps.reads
-    for g in np.flatnonzero(fetched).tolist():
-        reads[phases[(gaps.after[g] + gaps.reach[g]) % count]] += int(gaps.size_bytes[g])
-    bounds = [*gaps.epoch_first.tolist(), len(away)]
-    for e in np.flatnonzero(gaps.write_s > 0).tolist():
-        first = next((g for g in range(bounds[e], bounds[e + 1]) if away[g]), None)
-        if first is not None:
-            writes[phases[gaps.after[first]]] += int(gaps.size_bytes[first])
-    bound_s, wire_bound_s, binding = bound(trace, machine, reads, writes)
+    fetched = np.flatnonzero(stays.gone & gaps.reads)
+    due = (gaps.after[fetched] + gaps.reach[fetched]) % len(trace.moments)
+    # What is written leaves after the first gap of its epoch in which it is away.
+    away = np.flatnonzero(stays.held < gaps.span)
+    epoch, first = np.unique(gaps.epoch_of()[away], return_index=True)
+    left = away[first][gaps.write_s[epoch] > 0]
+    reads = _per_phase(trace, due, gaps.size_bytes[fetched])
+    writes = _per_phase(trace, gaps.after[left], gaps.size_bytes[left])
+    bound_s, wire_bound_s, binding = bound(trace, machine, reads, writes, capacity_bytes)
     return Forecast(
         step_s=timeline.step_s,
         bound_s=bound_s,
@@ -217,3 +213,10 @@ def _forecast(
         write_bytes=timeline.write_bytes,
         binding=binding,
     )
+
+
+def _per_phase(trace: Trace, moment: Ints, size_bytes: Ints) -> dict[Phase, int]:
+    order = list(Phase)
+    phase = np.array([order.index(m.phase) for m in trace.moments])[moment]
+    total = np.bincount(phase, size_bytes, len(order)).astype(np.int64).tolist()
+    return dict(zip(order, total, strict=True))

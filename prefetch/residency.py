@@ -19,17 +19,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from offload.prefetch.trace import Access, Trace
+from offload.prefetch.trace import Trace
+from offload.prefetch.uses import Bools, Floats, Ints, Uses, deaths
 from offload.tiers.spec import Machine
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-
 _PRICE_ROUNDS = 80
-_BATCH = 4096  # gaps tried before the hopeless ones are sorted out again
+_RUN = 16  # units; shorter runs are taken one by one
+_SAMPLE = 16_384  # gaps that prices are found with, of larger traces
 _BLOCK = 256  # moments per entry of the coarse table of least free room
 
 
@@ -59,85 +56,54 @@ class Gaps:
         lengths = np.diff(np.append(self.epoch_first, len(self.chunk)))
         return np.repeat(np.arange(len(self.epoch_first)), lengths)
 
+    def every(self, nth: int) -> Gaps:
+        """The gaps of every n-th epoch."""
+        epochs = np.arange(0, len(self.epoch_first), nth)
+        bounds = np.append(self.epoch_first, len(self.chunk))
+        counts = (bounds[1:] - bounds[:-1])[epochs]
+        first = np.cumsum(counts) - counts
+        rows = np.repeat(bounds[epochs] - first, counts) + np.arange(counts.sum())
+        return Gaps(
+            self.chunk[rows], self.size_bytes[rows], self.after[rows], self.reach[rows],
+            self.span[rows], self.reads[rows], self.read_s[rows], first, self.write_s[epochs],
+        )  # fmt: skip
+
     def saved_s(self, kept: Bools) -> float:
         """Drive time saved by keeping these gaps."""
         whole = np.logical_and.reduceat(kept, self.epoch_first) if len(kept) else kept
         return float(self.read_s[kept].sum() + self.write_s[whole].sum())
 
 
-def accesses(trace: Trace) -> list[list[tuple[int, Access]]]:
-    """For each chunk its uses (moment, access) in order.
+def find_gaps(trace: Trace, machine: Machine, uses: Uses) -> Gaps:
+    """The gaps of every chunk of the trace. Seconds are for one direction running alone.
 
-    A chunk named twice in one moment has one use there: the first access says whether contents
-    are needed, and any access but READ leaves the chunk changed.
+    A chunk's rows begin with its first change, so that each epoch's rows stand together.
     """
-    uses: list[list[tuple[int, Access]]] = [[] for _ in trace.chunk_bytes]
-    for index, moment in enumerate(trace.moments):
-        for need in moment.needs:
-            mine = uses[need.chunk]
-            if mine and mine[-1][0] == index:
-                if mine[-1][1] is Access.READ and need.access is not Access.READ:
-                    mine[-1] = (index, Access.WRITE)
-            else:
-                mine.append((index, need.access))
-    return uses
-
-
-def deaths(trace: Trace, uses: list[list[tuple[int, Access]]]) -> dict[int, int]:
-    """``trace.dead_after`` without the entries whose chunk's next use is not FRESH.
-
-    Those contradict themselves; the safe reading is that the contents still matter.
-    """
-    alive = {}
-    for chunk, moment in trace.dead_after.items():
-        later = [access for when, access in uses[chunk] if when > moment]
-        if uses[chunk] and (later or [uses[chunk][0][1]])[0] is Access.FRESH:
-            alive[chunk] = moment
-    return alive
-
-
-def find_gaps(trace: Trace, machine: Machine) -> Gaps:
-    """The gaps of every chunk of the trace. Seconds are for one direction running alone."""
-    uses = accesses(trace)
-    dead = deaths(trace, uses)
-    rows: list[tuple[int, int, int, int, int, bool]] = []
-    epoch_first: list[int] = []
-    epoch_bytes: list[int] = []
-    for chunk, mine in enumerate(uses):
-        if not mine:
-            continue
-        size = trace.chunk_bytes[chunk]
-        turn = next((i for i, use in enumerate(mine) if use[1] is not Access.READ), None)
-        for position in range(len(mine)):
-            index = (position + (turn or 0)) % len(mine)
-            if turn is None or mine[index][1] is not Access.READ:
-                epoch_first.append(len(rows))
-                epoch_bytes.append(0 if turn is None else size)
-            rows.append(_gap(chunk, size, index, mine, dead.get(chunk), len(trace.moments)))
-    columns = [np.array(c, dtype=np.int64) for c in zip(*rows, strict=True)] or [_NONE] * 6
-    chunk_, size_, after, reach, span, reads = columns
+    count, rows = len(trace.moments), np.arange(len(uses.chunk))
+    begin = uses.bounds[uses.chunk]
+    length = uses.bounds[uses.chunk + 1] - begin
+    changed = np.flatnonzero(uses.changes)
+    turns = np.append(changed, len(rows))[np.searchsorted(changed, begin)]  # at or after begin
+    written = turns < begin + length  # some use of this chunk changes it
+    turn = np.where(written, turns - begin, 0)
+    here = begin + (turn + rows - begin) % length
+    there = begin + (here - begin + 1) % length
+    reach = (uses.moment[there] - uses.moment[here]) % count
+    reach[reach == 0] = count
+    dead = np.full(len(trace.chunk_bytes), -1, dtype=np.int64)
+    for chunk, moment in deaths(trace, uses).items():
+        dead[chunk] = moment
+    left = np.where(dead[uses.chunk] < 0, count, (dead[uses.chunk] - uses.moment[here]) % count)
+    size = np.array(trace.chunk_bytes, dtype=np.int64)[uses.chunk]
+    reads = uses.reads[there]
+    first = np.flatnonzero(uses.changes[here] | ~written)
     latency_s = machine.disk_latency_s
-    read_s = np.where(reads, size_ / machine.read_bytes_per_s + latency_s, 0.0)
-    written = np.array(epoch_bytes, dtype=np.float64)
-    write_s = written / machine.write_bytes_per_s + latency_s * (written > 0)
-    first = np.array(epoch_first, dtype=np.int64)
-    return Gaps(chunk_, size_, after, reach, span, reads.astype(bool), read_s, first, write_s)
-
-
-_NONE: Ints = np.empty(0, dtype=np.int64)
-
-
-def _gap(
-    chunk: int, size: int, index: int, mine: list[tuple[int, Access]], dead: int | None, count: int
-) -> tuple[int, int, int, int, int, bool]:
-    """One row of Gaps: from use ``index`` of a chunk to its next, in a lap of ``count`` moments."""
-    here = mine[index][0]
-    there, access = mine[(index + 1) % len(mine)]
-    reach = (there - here) % count or count
-    span = reach - 1
-    if dead is not None and (dead - here) % count < reach:
-        span = (dead - here) % count
-    return chunk, size, here, reach, span, access is not Access.FRESH
+    read_s = np.where(reads, size / machine.read_bytes_per_s + latency_s, 0.0)
+    write_s = np.where(written, size / machine.write_bytes_per_s + latency_s, 0.0)[first]
+    span = np.minimum(reach - 1, left)
+    return Gaps(
+        uses.chunk, size, uses.moment[here], reach, span, reads, read_s, first, write_s
+    )  # fmt: skip
 
 
 class Room:
@@ -155,6 +121,20 @@ class Room:
         """Whether every one of ``length`` moments from ``first`` on has that much room."""
         return all(self._fits(lo, hi, size_bytes) for lo, hi in self._pieces(first, length))
 
+    def fit(self, first: Ints, length: Ints, size_bytes: Ints) -> Bools:
+        """``fits`` for each of many spans. ``length``: 1 to the number of moments."""
+        if not len(first):
+            return np.empty(0, dtype=bool)
+        # least[k][t]: the least room in the 2**k moments from t on, round the end.
+        level = np.log2(length).astype(np.int64)
+        # least[k, t]: the least room in the 2**k moments from t on, round the end.
+        least = np.tile(self.free, (int(level.max()) + 1, 2))
+        for k in range(len(least) - 1):
+            np.minimum(least[k, : -(1 << k)], least[k, 1 << k :], out=least[k + 1, : -(1 << k)])
+        enough: Bools = least[level, first] >= size_bytes
+        enough &= least[level, first + length - (1 << level)] >= size_bytes
+        return enough
+
     def take(self, first: int, length: int, size_bytes: int) -> None:
         """Take room in ``length`` moments from ``first`` on; negative gives it back."""
         for lo, hi in self._pieces(first, length):
@@ -165,17 +145,6 @@ class Room:
             self._least[a] = self.free[a * _BLOCK : (a + 1) * _BLOCK].min()
             if b > a:
                 self._least[b] = self.free[b * _BLOCK : (b + 1) * _BLOCK].min()
-
-    def back_from(self, end: int, floor: int, size_bytes: int) -> int:
-        """The earliest moment >= floor from which there is room up to (not including) end."""
-        width = 32
-        while end > floor:
-            lo = max(floor, end - width)
-            short = (self.free[lo:end] < size_bytes).nonzero()[0]
-            if len(short):
-                return lo + int(short[-1]) + 1
-            end, width = lo, width * 4
-        return floor
 
     def _pieces(self, first: int, length: int) -> tuple[tuple[int, int], ...]:
         moments = len(self.free)
@@ -228,57 +197,83 @@ def choose(gaps: Gaps, room_bytes: Ints) -> Bools:
 
 
 class _Packing:
-    """A choice of gaps under construction."""
+    """A choice of gaps under construction.
+
+    Units (single gaps, or the gaps of an epoch that are not kept yet) are taken in a given order,
+    each that fits. Long runs that fit together are found and taken by whole columns; the outcome
+    is the same as one by one.
+    """
 
     def __init__(self, gaps: Gaps, room_bytes: Ints) -> None:
         self.gaps = gaps
         self.room = Room(room_bytes)
         self.kept: Bools = gaps.span == 0
-        self.first = (gaps.after + 1).tolist()
-        self.span = gaps.span.tolist()
-        self.size = gaps.size_bytes.tolist()
-        self.bounds = [*gaps.epoch_first.tolist(), len(gaps.chunk)]
+        self.first = (gaps.after + 1) % len(room_bytes)
+        self.bounds = np.append(gaps.epoch_first, len(gaps.chunk))
 
-    def _keep(self, gap: int) -> bool:
-        if self.kept[gap]:
-            return True
-        at = self.first[gap], self.span[gap], self.size[gap]
-        if self.room.fits(*at):
-            self.room.take(*at)
-            self.kept[gap] = True
-        return bool(self.kept[gap])
-
-    def _keep_epoch(self, epoch: int) -> None:
-        """All gaps of an epoch or none of them."""
-        new = [g for g in range(*self.bounds[epoch : epoch + 2]) if not self.kept[g]]
-        for i, g in enumerate(new):
-            if not self._keep(g):
-                for done in new[:i]:
-                    self.room.take(self.first[done], self.span[done], -self.size[done])
-                    self.kept[done] = False
-                return
-
-    def _hopeful(self) -> Bools:
-        """Gaps over which there may be room: no moment of theirs is full for every chunk."""
-        gaps, moments = self.gaps, len(self.room.free)
-        full = np.tile(self.room.free < gaps.size_bytes.min(), 2)
-        before = np.concatenate(([0], np.cumsum(full)))
-        start = (gaps.after + 1) % moments
-        hopeful: Bools = self.kept | (before[start + gaps.span] == before[start])
+    def _hopeful(self, rows: Ints) -> Bools:
+        """For each of these gaps, whether it is kept or would fit now."""
+        hopeful: Bools = self.kept[rows]
+        rows = rows[~hopeful]
+        hopeful[~hopeful] = self.room.fit(
+            self.first[rows], self.gaps.span[rows], self.gaps.size_bytes[rows]
+        )
         return hopeful
 
     def _try_gaps(self, order: Ints) -> None:
-        for i in range(0, len(order), _BATCH):
-            batch = order[i : i + _BATCH]
-            for g in batch[(self._hopeful() & ~self.kept)[batch]].tolist():
-                self._keep(g)
+        """Each of these gaps, where it fits."""
+        order = order[~self.kept[order]]
+        while len(order := order[self._hopeful(order)]):
+            order = order[self._take(order, np.arange(len(order) + 1)) :]
 
     def _try_epochs(self, order: Ints) -> None:
-        for i in range(0, len(order), _BATCH):
-            batch = order[i : i + _BATCH]
-            hopeful = np.logical_and.reduceat(self._hopeful(), self.gaps.epoch_first)
-            for e in batch[hopeful[batch]].tolist():
-                self._keep_epoch(e)
+        """All gaps of each of these epochs, where they fit, or none of them."""
+        while len(order):
+            counts = self.bounds[order + 1] - self.bounds[order]
+            ends = np.cumsum(counts)
+            rows = np.repeat(self.bounds[order + 1] - ends, counts) + np.arange(ends[-1])
+            hopeful = np.logical_and.reduceat(self._hopeful(rows), ends - counts)
+            rows, order = rows[np.repeat(hopeful, counts)], order[hopeful]
+            new = ~self.kept[rows]
+            ends = np.concatenate(([0], np.cumsum(counts[hopeful])))
+            ends = np.concatenate(([0], np.cumsum(new)))[ends]
+            order = order[self._take(rows[new], ends) :]
+
+    def _take(self, rows: Ints, ends: Ints) -> int:
+        """Take units (rows[ends[i]:ends[i + 1]]) in turn; how many of them were dealt with.
+
+        Runs are tried at half their length until they fit. Where they are short, taking units
+        one by one is quicker.
+        """
+        at, width = 0, len(ends) - 1
+        while width > _RUN and at < len(ends) - 1:
+            width = min(width, len(ends) - 1 - at)
+            if self._take_all(rows[ends[at] : ends[at + width]]):
+                at += width
+            width //= 2
+        stop = min(at + _RUN * _RUN, len(ends) - 1)
+        for i in range(at, stop):
+            self._take_one(rows[ends[i] : ends[i + 1]].tolist())
+        return stop
+
+    def _take_all(self, rows: Ints) -> bool:
+        """Take these gaps if there is room for all of them together."""
+        gaps, free = self.gaps, self.room.free
+        load = taken(self.first[rows], gaps.span[rows], gaps.size_bytes[rows], len(free))
+        fits = bool((load <= free).all())
+        if fits:
+            self.room = Room(free - load.astype(np.int64))
+            self.kept[rows] = True
+        return fits
+
+    def _take_one(self, unit: list[int]) -> None:
+        """Take the gaps of one unit if there is room for each: they are apart in time."""
+        gaps, room = self.gaps, self.room
+        spans = [(int(self.first[g]), int(gaps.span[g]), int(gaps.size_bytes[g])) for g in unit]
+        if all(room.fits(*span) for span in spans):
+            for span in spans:
+                room.take(*span)
+            self.kept[unit] = True
 
     def by_price(self, price_s: Floats) -> None:
         """First the epochs, then the single gaps, that save most beyond the price of their room."""
@@ -314,32 +309,44 @@ def _prices(gaps: Gaps, room_bytes: Ints, reached_s: float) -> list[Floats]:
     Each moment's bytes get a price; all gaps worth more than they cost are wanted; prices rise
     where more is wanted than there is room (Polyak's step towards ``reached_s``, the saving of
     a packing in hand). Returns the prices of the least dual value seen, and the mean of the
-    later rounds, which breaks the ties among equal chunks differently.
+    later rounds, which breaks the ties among equal chunks differently. Of a large trace only
+    every n-th epoch is looked at, and taken for n, in half the rounds.
     """
+    times = -(-len(gaps.chunk) // _SAMPLE)
+    few = gaps if times == 1 else gaps.every(times)
     moments = len(room_bytes)
-    start = (gaps.after + 1) % moments
-    stop = start + gaps.span
-    size = gaps.size_bytes.astype(np.float64)
-    epoch = gaps.epoch_of()
+    start, size, epoch = (
+        (few.after + 1) % moments,
+        (few.size_bytes * times).astype(np.float64),
+        few.epoch_of(),
+    )
     price = np.zeros(moments)  # seconds per byte
-    best, best_s, relax = np.zeros(len(size)), np.inf, 1.0
-    mean, rounds = np.zeros(len(size)), 0
-    for round_ in range(_PRICE_ROUNDS):
-        total = np.concatenate(([0.0], np.cumsum(np.tile(price, 2))))
-        cost_s = size * (total[stop] - total[start])
-        whole, net_s = _demand(gaps, cost_s)
+    best, best_s, relax = price, np.inf, 1.0
+    mean, rounds = np.zeros(moments), 0
+    last = _PRICE_ROUNDS if times == 1 else _PRICE_ROUNDS // 2
+    for round_ in range(last):
+        whole, net_s = _demand(few, _costs(few, price))
         wanted = whole[epoch] | (net_s > 0)
-        value_s = float(net_s[wanted].sum() + gaps.write_s[whole].sum() + price @ room_bytes)
+        value_s = times * float(net_s[wanted].sum() + few.write_s[whole].sum())
+        value_s += float(price @ room_bytes)
         if value_s < best_s:
-            best, best_s = cost_s, value_s
+            best, best_s = price, value_s
         else:
             relax *= 0.93
-        over = taken(start[wanted], gaps.span[wanted], size[wanted], moments) - room_bytes
+        over = taken(start[wanted], few.span[wanted], size[wanted], moments) - room_bytes
         over[(price == 0) & (over < 0)] = 0
-        if round_ >= _PRICE_ROUNDS // 2:
-            mean, rounds = mean + cost_s, rounds + 1
+        if round_ >= last // 2:
+            mean, rounds = mean + price, rounds + 1
         norm = float(over @ over)
         if norm == 0 or value_s <= reached_s:
             break
         price = np.maximum(price + relax * (value_s - reached_s) / norm * over, 0.0)
-    return [best, mean / rounds] if rounds else [best]
+    return [_costs(gaps, p) for p in ([best, mean / rounds] if rounds else [best])]
+
+
+def _costs(gaps: Gaps, price: Floats) -> Floats:
+    """What each gap's room costs at these prices per byte and moment."""
+    total = np.concatenate(([0.0], np.cumsum(np.tile(price, 2))))
+    start = (gaps.after + 1) % len(price)
+    cost: Floats = gaps.size_bytes * (total[start + gaps.span] - total[start])
+    return cost

@@ -10,12 +10,15 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import compress, pairwise
 from math import inf
 from typing import NamedTuple
 
+import numpy as np
+
 from offload.prefetch.plan import Ops
-from offload.prefetch.residency import accesses, deaths
-from offload.prefetch.trace import Access, Phase, Trace
+from offload.prefetch.trace import Phase, Trace
+from offload.prefetch.uses import Bools, Uses, deaths, find_uses
 from offload.tiers.spec import Machine, format_size
 
 
@@ -67,15 +70,9 @@ def simulate(
     ops: Sequence[Ops],
     resident_at_start: frozenset[int],
 ) -> Timeline:
-    """Replay two steps of ``ops`` and report the second.
-
-    ``capacity_bytes`` holds chunks (there, coming, or leaving until written) and the trace's
-    ``other_bytes``. Raises Deadlock where a moment would wait for ever, and where an operation
-    does not fit the state it meets (a drop of what is not there).
-    """
-    replay = _Replay(trace, machine, capacity_bytes, ops, resident_at_start)
-    replay.lap()
-    return replay.lap()
+    """Replay two steps of ``ops`` and report the second; see ``Replay``."""
+    replay = Replay(trace, machine, capacity_bytes, find_uses(trace))
+    return replay.run(ops, resident_at_start, intervals=True)
 
 
 def bound(
@@ -83,26 +80,36 @@ def bound(
     machine: Machine,
     read_bytes: Mapping[Phase, int],
     write_bytes: Mapping[Phase, int],
+    capacity_bytes: int = 0,
 ) -> tuple[float, float, str]:
     """(bound_s, wire_bound_s, binding) of a step that moves these bytes for each phase.
 
-    Forward and backward pass with their updates form one group, the update the other: what a
-    group needs cannot be asked for behind the barrier between them. ``bound_s`` sums the slower
-    of drive and compute over the groups; ``wire_bound_s`` takes it once over the whole step;
-    ``binding``, "disk" or "compute", has the larger part of ``bound_s``. Latencies are left out.
+    Forward and backward pass with their updates form one group, the update the other, and the
+    compute of one waits for the other's. Bytes may cross that barrier, read earlier or written
+    later, as far as ``capacity_bytes`` of memory hold them. ``bound_s`` sums the slower of drive
+    and compute over the groups for the best such shift; ``wire_bound_s`` takes it once over the
+    whole step; ``binding``, "disk" or "compute", has the larger part of ``bound_s``. Latencies are
+    left out.
     """
-    bound_s, disk_part_s, compute_all_s = 0.0, 0.0, 0.0
-    for group in ((Phase.FORWARD, Phase.BACKWARD, Phase.EARLY), (Phase.UPDATE,)):
+    passes, update = (Phase.FORWARD, Phase.BACKWARD, Phase.EARLY), (Phase.UPDATE,)
+    disk_s, compute_s = [], []
+    for group in (passes, update):
         reads = sum(read_bytes.get(phase, 0) for phase in group)
         writes = sum(write_bytes.get(phase, 0) for phase in group)
-        disk_s = machine.disk_s(reads, writes)
-        compute_s = sum(m.compute_s for m in trace.moments if m.phase in group)
-        bound_s += max(disk_s, compute_s)
-        disk_part_s += disk_s if disk_s > compute_s else 0.0
-        compute_all_s += compute_s
+        disk_s.append(machine.disk_s(reads, writes))
+        compute_s.append(sum(m.compute_s for m in trace.moments if m.phase in group))
+    most_s = machine.disk_s(capacity_bytes, 0)
+    low, high = -min(most_s, disk_s[0]), min(most_s, disk_s[1])
+    turns = (compute_s[0] - disk_s[0], disk_s[1] - compute_s[1], 0.0)
+    shifts = [min(max(s, low), high) for s in turns]  # the sum is convex and bends there
+    tries = [(disk_s[0] + s, disk_s[1] - s) for s in shifts]
+    pairs = min(
+        (list(zip(t, compute_s, strict=True)) for t in tries), key=lambda p: sum(map(max, p))
+    )
+    bound_s = sum(map(max, pairs))
     disk_all_s = machine.disk_s(sum(read_bytes.values()), sum(write_bytes.values()))
-    binding = "disk" if disk_part_s > bound_s / 2 else "compute"
-    return bound_s, max(disk_all_s, compute_all_s), binding
+    binding = "disk" if sum(d for d, c in pairs if d > c) > bound_s / 2 else "compute"
+    return bound_s, max(disk_all_s, sum(compute_s)), binding
 
 
 class _Transfer:
@@ -133,6 +140,10 @@ class _Drive:
         self.read = _Transfer(machine.read_bytes_per_s, machine.mixed_read_bytes_per_s, wait_s)
         self.write = _Transfer(machine.write_bytes_per_s, machine.mixed_write_bytes_per_s, wait_s)
 
+    def reset(self) -> None:
+        """Both directions idle, the clock at zero."""
+        self.now_s, self.read.chunk, self.write.chunk = 0.0, -1, -1
+
     def run(self, until_s: float) -> _Transfer | None:
         """Run until a transfer is done (and return it) or ``until_s`` is reached."""
         read, write = self.read, self.write
@@ -141,13 +152,18 @@ class _Drive:
         write_rate = write.mixed if both else write.alone
         read_s = read.left / read_rate if read.chunk >= 0 else inf
         write_s = write.left / write_rate if write.chunk >= 0 else inf
-        done: _Transfer | None = read if read_s <= write_s else write
-        pass_s = min(read_s, write_s)
+        done: _Transfer | None
+        done, pass_s = (read, read_s) if read_s <= write_s else (write, write_s)
         if self.now_s + pass_s > until_s or pass_s == inf:
-            pass_s, done = max(until_s - self.now_s, 0.0), None
-        read.left = max(read.left - pass_s * read_rate, 0.0)
-        write.left = max(write.left - pass_s * write_rate, 0.0)
-        self.now_s += pass_s
+            pass_s, done = until_s - self.now_s, None
+            if pass_s <= 0.0:
+                return None
+        if pass_s != inf:
+            left = read.left - pass_s * read_rate
+            read.left = left if left > 0.0 else 0.0
+            left = write.left - pass_s * write_rate
+            write.left = left if left > 0.0 else 0.0
+            self.now_s += pass_s
         return done
 
 
@@ -156,91 +172,147 @@ class _Tier:
 
     __slots__ = ("capacity_bytes", "dirty", "held_bytes", "leaving", "other_bytes", "resident")
 
-    def __init__(self, capacity_bytes: int, resident: frozenset[int], held_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, chunks: int) -> None:
         self.capacity_bytes = capacity_bytes
-        self.resident = set(resident)
-        self.dirty: set[int] = set()
+        self.resident = bytearray(chunks)  # 1: there
+        self.dirty = bytearray(chunks)
         self.leaving: set[int] = set()
-        self.held_bytes = held_bytes
+        self.held_bytes = 0
         self.other_bytes = 0
 
-    def has_room(self, size_bytes: int) -> bool:
-        return self.held_bytes + self.other_bytes + size_bytes <= self.capacity_bytes
+
+class _Step:
+    """The trace by moments: the chunks each needs, those it overwrites, changes, and lets die."""
+
+    __slots__ = ("changed", "dies", "fresh", "needed")
+
+    def __init__(self, trace: Trace, uses: Uses) -> None:
+        count, order = len(trace.moments), np.argsort(uses.moment, kind="stable")
+        moment, chunk = uses.moment[order], uses.chunk[order]
+
+        def rows(which: Bools) -> list[list[int]]:
+            ends = np.searchsorted(moment[which], np.arange(count + 1)).tolist()
+            chunks = chunk[which].tolist()
+            return [chunks[a:b] for a, b in pairwise(ends)]
+
+        self.needed = rows(np.ones(len(order), dtype=bool))
+        self.fresh = rows(~uses.reads[order])
+        self.changed = rows(uses.changes[order])
+        self.dies: dict[int, list[int]] = {}
+        for dead, at in deaths(trace, uses).items():
+            self.dies.setdefault(at, []).append(dead)
 
 
-class _Replay:
-    """The engine's rules for one plan, in simulated time."""
+class Replay:
+    """The engine's rules for plans of one trace, in simulated time.
 
-    def __init__(
-        self,
-        trace: Trace,
-        machine: Machine,
-        capacity_bytes: int,
-        ops: Sequence[Ops],
-        resident: frozenset[int],
-    ) -> None:
+    ``capacity_bytes`` holds chunks (there, coming, or leaving until written) and the trace's
+    ``other_bytes``.
+    """
+
+    def __init__(self, trace: Trace, machine: Machine, capacity_bytes: int, uses: Uses) -> None:
         self.trace = trace
-        self.ops = ops
-        held = sum(trace.chunk_bytes[c] for c in resident)
-        self.tier = _Tier(capacity_bytes, resident, held)
+        self.step = _Step(trace, uses)
+        self.tier = _Tier(capacity_bytes, 0)
         self.drive = _Drive(machine)
         self.to_read: deque[int] = deque()
         self.to_write: deque[int] = deque()
-        self.fresh: set[int] = set()  # chunks that wait for room, and for nothing else
+        self.missing: set[int] = set()  # what the moment waits for
+        self.fresh: set[int] = set()  # of it, what waits for room and for nothing else
         self.line = Timeline()
-        self.dies: dict[int, list[int]] = {}
-        for chunk, moment in deaths(trace, accesses(trace)).items():
-            self.dies.setdefault(moment, []).append(chunk)
+        self.noting = False  # each transfer, in the timeline
 
-    def lap(self) -> Timeline:
-        """One step, its clock beginning at zero; its transfers are those that end in it."""
-        drive, self.line = self.drive, Timeline()
-        for lane in (drive.read, drive.write):
-            lane.started_s -= drive.now_s
-        drive.now_s = 0.0
-        for t in range(len(self.trace.moments)):
-            self._enter(t)
+    def run(
+        self, ops: Sequence[Ops], resident: frozenset[int], *, intervals: bool = False
+    ) -> Timeline:
+        """One steady-state step, its clock beginning at zero; its transfers end in it.
+
+        Before it as much of a step is replayed as refills the fast tier twice. Raises Deadlock
+        where a moment would wait for ever, and where an operation does not fit the state it
+        meets (a drop of what is not there).
+        """
+        begin = self._skip(ops, resident)
+        self._lap(ops, begin, intervals=False)
+        for lane in (self.drive.read, self.drive.write):
+            lane.started_s -= self.drive.now_s
+        self.drive.now_s = 0.0
+        return self._lap(ops, 0, intervals=intervals)
+
+    def _skip(self, ops: Sequence[Ops], resident: frozenset[int]) -> int:
+        """Start at a moment from which enough is moved, all before it done in no time."""
+        size, step, count = self.trace.chunk_bytes, self.step, len(ops)
+        tier = self.tier = _Tier(self.tier.capacity_bytes, len(size))
+        self.drive.reset()
+        self.to_read.clear()
+        self.to_write.clear()
+        there, dirty, begin, moved_bytes = tier.resident, tier.dirty, count, 0
+        while begin > 0 and moved_bytes < 2 * tier.capacity_bytes:
+            begin -= 1
+            moved_bytes += sum(size[c] for c in ops[begin].loads)
+        for c in resident:
+            there[c] = 1
+        for t in range(begin):
+            for c in ops[t].drops:
+                there[c] = dirty[c] = 0
+            for c in (*ops[t].loads, *step.fresh[t]):
+                there[c] = 1
+            for c in step.changed[t]:
+                dirty[c] = 1
+            for c in step.dies.get(t, ()):
+                dirty[c] = 0
+        tier.held_bytes = sum(compress(size, there))
+        return begin
+
+    def _lap(self, ops: Sequence[Ops], begin: int, *, intervals: bool) -> Timeline:
+        line = self.line = Timeline()
+        self.noting = intervals
+        for t in range(begin, len(ops)):
+            self._enter(t, ops[t])
             self._compute(t)
-        self.line.step_s = drive.now_s
-        return self.line
+        line.step_s = self.drive.now_s
+        return line
 
-    def _enter(self, t: int) -> None:
+    def _enter(self, t: int, ops: Ops) -> None:
         """Issue the operations of moment t, then wait for what it needs."""
-        tier, moment, began_s = self.tier, self.trace.moments[t], self.drive.now_s
-        for chunk in self.ops[t].drops:
+        tier, drive = self.tier, self.drive
+        there, began_s = tier.resident, drive.now_s
+        for chunk in ops.drops:
             self._drop(chunk, t)
-        tier.other_bytes = moment.other_bytes
-        self.to_read.extend(self.ops[t].loads)
-        absent = {n.chunk for n in moment.needs if n.chunk not in tier.resident}
-        first = {n.chunk: n.access for n in reversed(moment.needs)} if absent else {}
-        self.fresh = {c for c in absent if first[c] is Access.FRESH}
+        tier.other_bytes = self.trace.moments[t].other_bytes
+        self.to_read.extend(ops.loads)
+        self.missing = missing = {c for c in self.step.needed[t] if not there[c]}
+        self.fresh = missing.intersection(self.step.fresh[t]) if missing else missing
         self._start()
-        while not (absent <= tier.resident and tier.has_room(0)):
-            done = self.drive.run(inf)
+        while missing or tier.held_bytes + tier.other_bytes > tier.capacity_bytes:
+            done = drive.run(inf)
             if done is None:
-                raise Deadlock(self._why(t, absent - tier.resident))
+                raise Deadlock(self._why(t, missing))
             self._finish(done)
-        self.line.stalls_s.append(self.drive.now_s - began_s)
+        self.line.stalls_s.append(drive.now_s - began_s)
 
     def _compute(self, t: int) -> None:
-        moment, tier, drive = self.trace.moments[t], self.tier, self.drive
-        tier.dirty.update(n.chunk for n in moment.needs if n.access is not Access.READ)
-        began_s = drive.now_s
-        end_s = began_s + moment.compute_s
-        self._note_peak()
-        while (done := drive.run(end_s)) is not None:
-            self._finish(done)
-        if moment.compute_s > 0:
-            self.line.intervals.append(Interval(Lane.COMPUTE, t, began_s, end_s))
-        tier.dirty.difference_update(self.dies.get(t, ()))
+        tier, drive, line = self.tier, self.drive, self.line
+        for chunk in self.step.changed[t]:
+            tier.dirty[chunk] = 1
+        line.peak_bytes = max(line.peak_bytes, tier.held_bytes + tier.other_bytes)
+        work_s = self.trace.moments[t].compute_s
+        if work_s > 0:
+            began_s = drive.now_s
+            end_s = began_s + work_s
+            while (done := drive.run(end_s)) is not None:
+                self._finish(done)
+            if self.noting:
+                line.intervals.append(Interval(Lane.COMPUTE, t, began_s, end_s))
+        for chunk in self.step.dies.get(t, ()):
+            tier.dirty[chunk] = 0
 
     def _drop(self, chunk: int, t: int) -> None:
         tier = self.tier
-        if chunk not in tier.resident:
+        if not tier.resident[chunk]:
             raise Deadlock(f"moment {t} drops chunk {chunk}, which is not in the fast tier")
-        tier.resident.discard(chunk)
-        if chunk in tier.dirty:
-            tier.dirty.discard(chunk)
+        tier.resident[chunk] = 0
+        if tier.dirty[chunk]:
+            tier.dirty[chunk] = 0
             tier.leaving.add(chunk)
             self.to_write.append(chunk)
         else:
@@ -249,44 +321,50 @@ class _Replay:
     def _start(self) -> None:
         """Begin whatever can begin: a fresh chunk before a read, since a moment waits for it."""
         tier, drive, size = self.tier, self.drive, self.trace.chunk_bytes
-        for chunk in sorted(self.fresh - tier.leaving) if self.fresh else ():
-            if tier.has_room(size[chunk]):
-                self.fresh.discard(chunk)
-                tier.resident.add(chunk)
-                tier.held_bytes += size[chunk]
+        room = tier.capacity_bytes - tier.held_bytes - tier.other_bytes
+        if self.fresh:
+            for chunk in sorted(self.fresh - tier.leaving):
+                if room >= size[chunk]:
+                    self.fresh.discard(chunk)
+                    self.missing.discard(chunk)
+                    tier.resident[chunk] = 1
+                    tier.held_bytes += size[chunk]
+                    room -= size[chunk]
+        to_read = self.to_read
         if drive.write.chunk < 0 and self.to_write:
             chunk = self.to_write.popleft()
             drive.write.start(chunk, size[chunk], drive.now_s)
-        while self.to_read and self.to_read[0] in tier.resident:
-            self.to_read.popleft()
-        if drive.read.chunk < 0 and self.to_read and not self.fresh:
-            chunk = self.to_read[0]
-            if chunk not in tier.leaving and tier.has_room(size[chunk]):
-                self.to_read.popleft()
+        while to_read and tier.resident[to_read[0]]:
+            to_read.popleft()
+        if drive.read.chunk < 0 and to_read and not self.fresh:
+            chunk = to_read[0]
+            if room >= size[chunk] and chunk not in tier.leaving:
+                to_read.popleft()
                 tier.held_bytes += size[chunk]
+                room -= size[chunk]
                 drive.read.start(chunk, size[chunk], drive.now_s)
-        if tier.has_room(0):
-            self._note_peak()
+        if room >= 0:
+            line, held_bytes = self.line, tier.capacity_bytes - room
+            if held_bytes > line.peak_bytes:
+                line.peak_bytes = held_bytes
 
     def _finish(self, done: _Transfer) -> None:
         tier, chunk, line = self.tier, done.chunk, self.line
-        size = self.trace.chunk_bytes[chunk]
-        if done is self.drive.read:
-            tier.resident.add(chunk)
-            line.read_bytes += size
-            lane = Lane.READ
+        size_bytes = self.trace.chunk_bytes[chunk]
+        reading = done is self.drive.read
+        if reading:
+            tier.resident[chunk] = 1
+            self.missing.discard(chunk)
+            line.read_bytes += size_bytes
         else:
             tier.leaving.discard(chunk)
-            tier.held_bytes -= size
-            line.write_bytes += size
-            lane = Lane.WRITE
-        line.intervals.append(Interval(lane, chunk, done.started_s, self.drive.now_s))
+            tier.held_bytes -= size_bytes
+            line.write_bytes += size_bytes
+        if self.noting:
+            lane = Lane.READ if reading else Lane.WRITE
+            line.intervals.append(Interval(lane, chunk, done.started_s, self.drive.now_s))
         done.chunk = -1
         self._start()
-
-    def _note_peak(self) -> None:
-        held = self.tier.held_bytes + self.tier.other_bytes
-        self.line.peak_bytes = max(self.line.peak_bytes, held)
 
     def _why(self, t: int, absent: set[int]) -> str:
         tier = self.tier

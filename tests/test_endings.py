@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -189,3 +190,27 @@ def test_sparse_gradient_is_refused_by_name(manage: Manager) -> None:
     with pytest.raises(OffloadError, match=r"0\.weight has a sparse gradient"):
         backward(cross_entropy(model(torch.arange(8)), torch.arange(8)))
     assert run.parts.engine.ledger.other_bytes == 0
+
+
+@pytest.mark.parametrize("device", [None, "emulated"])
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_func_transforms_are_refused_with_the_remedy(
+    tmp_path: Path, transform: str, device: str | None
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    memory = "64MiB" if device else None
+    offload.wrap(model, host_memory="64MiB", disk=tmp_path, device=device, device_memory=memory)
+
+    def call() -> Tensor:
+        if transform == "grad":
+            transformed = torch.func.grad(lambda x: model(x).sum())
+            result: Tensor = transformed(torch.ones(2, 8))
+        else:
+            result = torch.vmap(model)(torch.ones(3, 2, 8))
+        return result
+
+    with pytest.raises(OffloadError, match=r"torch\.func transforms .*\.unwrap\(\) first"):
+        call()
+    model(torch.ones(2, 8)).sum().backward()  # still usable
+    offload.runtime(model).unwrap()
+    assert call().shape == ((2, 8) if transform == "grad" else (3, 2, 1))

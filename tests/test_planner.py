@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import random
-from collections import deque
-from itertools import product
-
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.prefetch import residency
 from offload.prefetch.plan import Plan
 from offload.prefetch.planner import DoesNotFit, plan, smallest_bytes
-from offload.prefetch.residency import Bools, Floats, Gaps, Ints, Room, choose, find_gaps, taken
 from offload.prefetch.trace import Access, Moment, Need, Phase, Trace
+from offload.prefetch.uses import find_uses
 from offload.tiers.spec import MIB, Machine
 
 ONE_DRIVE = Machine(1.9e9, 6.0e9, 1.35e9, 1.5e9, 1e10)  # times of both directions add
@@ -133,7 +127,7 @@ class Replay:
         for chunk in dropped:
             if self.last_used.get(chunk) != before:
                 continue
-            if self.trace.moments[before].phase is not Phase.UPDATE:
+            if not self.trace.moments[before].phase.updates:
                 wanted = self.bytes_of(self.present - self.unused) + self.trace.chunk_bytes[chunk]
                 assert wanted > self.room(t), f"chunk {chunk} could have stayed in moment {t}"
 
@@ -199,71 +193,6 @@ def test_nothing_moves_when_everything_fits(trace: Trace) -> None:
     assert made.forecast.read_bytes == made.forecast.write_bytes == 0
     assert made.forecast.stall_s == 0
     assert made.forecast.binding == "compute"
-
-
-def best_saving(gaps: Gaps, room: Ints) -> float:
-    """The most that any choice of gaps saves, by trying all of them."""
-    best = 0.0
-    for choice in product([False, True], repeat=len(gaps.chunk)):
-        kept = np.array(choice) | (gaps.span == 0)
-        load = np.zeros(len(room), dtype=np.int64)
-        for g in np.flatnonzero(kept):
-            for step in range(gaps.span[g]):
-                load[(gaps.after[g] + 1 + step) % len(room)] += gaps.size_bytes[g]
-        if (load <= room).all():
-            best = max(best, gaps.saved_s(kept))
-    return best
-
-
-def load_of(gaps: Gaps, kept: Bools, room: Ints) -> Floats:
-    return taken((gaps.after + 1)[kept], gaps.span[kept], gaps.size_bytes[kept], len(room))
-
-
-def fills_its_room(gaps: Gaps, kept: Bools, room: Ints) -> None:
-    """The choice fits, and nothing else that saves a read would fit besides."""
-    load = load_of(gaps, kept, room)
-    assert (load <= room).all()
-    for g in np.flatnonzero(~kept & (gaps.read_s > 0)):
-        span = gaps.after[g] + 1 + np.arange(gaps.span[g])
-        assert ((room - load)[span % len(room)] < gaps.size_bytes[g]).any()
-
-
-@pytest.mark.parametrize("chunks", range(0, 40, 3))
-def test_no_room_is_left_unused(chunks: int) -> None:
-    """Also after an epoch that was wanted whole did not fit: its first gaps are given back."""
-    trace = typical(6, 2, UNIT, 0.0)
-    gaps = find_gaps(trace, DUPLEX)
-    passes = np.arange(len(trace.moments)) < 12
-    room = UNIT * (chunks + np.where(passes, 3, 0))
-    fills_its_room(gaps, choose(gaps, room), room)
-    packing = residency._Packing(gaps, room)
-    packing.by_price(np.zeros(len(gaps.chunk)))
-    load = load_of(gaps, packing.kept, room)
-    assert packing.room.free.tolist() == (room - load).tolist()
-
-
-def test_residency_is_near_the_brute_force_optimum() -> None:
-    """Mostly the optimum itself on tiny instances of unequal sizes, and never far from it."""
-    rng = random.Random(0)
-    ratios: list[float] = []
-    while len(ratios) < 150:
-        sizes = tuple(UNIT * rng.randint(1, 5) for _ in range(rng.randint(2, 4)))
-        moments = []
-        for _ in range(rng.randint(3, 6)):
-            chunks = rng.sample(range(len(sizes)), rng.randint(0, min(3, len(sizes))))
-            needs = tuple(Need(c, rng.choice(list(Access))) for c in chunks)
-            moments.append(Moment(Phase.FORWARD, needs, 0.0, 0))
-        gaps = find_gaps(Trace(tuple(moments), sizes, {}), ONE_DRIVE)
-        room = np.full(len(moments), UNIT * rng.randint(1, 8), dtype=np.int64)
-        best = best_saving(gaps, room) if 0 < len(gaps.chunk) <= 8 else 0.0
-        if best == 0:
-            continue
-        kept = choose(gaps, room)
-        fills_its_room(gaps, kept, room)
-        ratios.append(gaps.saved_s(kept) / best)
-    assert max(ratios) <= 1 + 1e-9
-    assert min(ratios) >= 0.6
-    assert sum(r > 1 - 1e-9 for r in ratios) >= 0.9 * len(ratios)
 
 
 @pytest.mark.parametrize("extra", range(1, 6))
@@ -347,6 +276,14 @@ def test_a_read_is_never_queued_before_one_that_is_needed_sooner(turn: int) -> N
     assert queue_is_in_order_of_need(trace, made)
 
 
+def _uses(trace: Trace) -> list[tuple[int, Access]]:
+    """The uses as (moment, access)."""
+    uses = find_uses(trace)
+    kinds = {(True, False): Access.READ, (True, True): Access.WRITE, (False, True): Access.FRESH}
+    access = (kinds[k] for k in zip(uses.reads.tolist(), uses.changes.tolist(), strict=True))
+    return list(zip(uses.moment.tolist(), access, strict=True))
+
+
 def test_a_chunk_named_twice_in_a_moment_has_one_use_there() -> None:
     twice = {
         (Access.READ, Access.READ): Access.READ,
@@ -358,36 +295,9 @@ def test_a_chunk_named_twice_in_a_moment_has_one_use_there() -> None:
     for named, meant in twice.items():
         moments = (Moment(Phase.UPDATE, tuple(Need(0, a) for a in named), 0.0, 0),) * 2
         trace = Trace(moments, (UNIT,), {})
-        assert residency.accesses(trace) == [[(0, meant), (1, meant)]]
+        assert _uses(trace) == [(0, meant), (1, meant)]
         assert smallest_bytes(trace) == UNIT
         assert plan(trace, SLOW, UNIT).forecast.peak_bytes == UNIT
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_room_table_agrees_with_a_plain_array(data: st.DataObject) -> None:
-    """Over many blocks, with spans around the end."""
-    moments = data.draw(st.integers(1, 1500))
-    plain = deque([100] * moments)
-    room = Room(np.full(moments, 100, dtype=np.int64))
-    for _ in range(8):
-        first = data.draw(st.integers(0, moments - 1))
-        length = data.draw(st.integers(0, moments))
-        size = data.draw(st.integers(1, 60))
-        span = [(first + i) % moments for i in range(length)]
-        fits = all(plain[t] >= size for t in span)
-        assert room.fits(first, length, size) == fits
-        if fits:
-            room.take(first, length, size)
-            for t in span:
-                plain[t] -= size
-    assert room.free.tolist() == list(plain)
-    need, end = data.draw(st.integers(1, 100)), data.draw(st.integers(0, moments))
-    floor = data.draw(st.integers(0, end))
-    start = end
-    while start > floor and plain[start - 1] >= need:
-        start -= 1
-    assert room.back_from(end, floor, need) == start
 
 
 def test_an_empty_trace_is_refused() -> None:

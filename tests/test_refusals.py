@@ -18,7 +18,7 @@ from offload.tiers.disk import SpillFile
 from offload.tiers.spec import KIB
 
 if TYPE_CHECKING:
-    from tests.conftest import Life, Manager, Numbers, Twins
+    from tests.conftest import Life, Manager, Numbers, Twins, Zoo
 
 
 def with_batch_norm() -> nn.Module:
@@ -101,6 +101,48 @@ def test_full_disk_at_wrap_is_refused_before_anything_moves(twins: Twins, tmp_pa
     assert [p.data_ptr() for p in life.params] == addresses
     assert list(tmp_path.iterdir()) == []
     life.steps(1)
+
+
+def refused(
+    zoo: Zoo, manage: Manager, kind: tuple[str, str], host_bytes: int
+) -> BudgetError | None:
+    """The refusal of two steps of one pass each under this budget, if there is one."""
+    model = zoo.build(*kind)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = manage(model, optimizer, host_bytes=host_bytes)
+    try:
+        for _ in range(3):
+            x = torch.arange(24).reshape(2, 12)
+            model(input_ids=x, labels=x).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    except BudgetError as refusal:
+        return refusal
+    finally:
+        run.close()
+    return None
+
+
+@pytest.mark.parametrize("kind", [("llama", "off"), ("llama-tied", "reentrant"), ("gpt2", "off")])
+def test_refusal_in_the_warm_up_step_names_the_smallest_budget_that_works(
+    zoo: Zoo, manage: Manager, kind: tuple[str, str]
+) -> None:
+    refusal = refused(zoo, manage, kind, 100 * KIB)
+    assert refusal is not None
+    assert "; the step needs host_memory of at least" in str(refusal)
+    assert refused(zoo, manage, kind, refusal.smallest_bytes) is None
+    less = refused(zoo, manage, kind, refusal.smallest_bytes - 4 * KIB)
+    assert less is not None
+    assert less.smallest_bytes == refusal.smallest_bytes
+
+
+def test_where_the_step_cannot_be_foreseen_the_refusal_says_so_far(
+    zoo: Zoo, manage: Manager
+) -> None:
+    # Mixtral's experts work on as many rows as the router says.
+    refusal = refused(zoo, manage, ("mixtral", "off"), 140 * KIB)
+    assert refusal is not None
+    assert "; so far the step needs host_memory of at least" in str(refusal)
 
 
 # -- faults -----------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def test_exponent_without_dot_is_a_number(tmp_path: Path) -> None:
         ({"data.eval_fraction": 1.0}, ["data.eval_fraction", "below 1"]),
         ({"compute.bf16": "yes"}, ["compute.bf16", "true or false"]),
         ({"compute.dtype": "float16"}, ["compute.dtype", "float32 or bfloat16"]),
+        ({"optimizer.state_dtype": "fp8"}, ["optimizer.state_dtype", "bf16 or int8", "'fp8'"]),
         ({"memory.host_memory": "8 gigs"}, ["memory.host_memory", "8GiB"]),
         ({"memory.disk_memory": "8GiB"}, ["memory.disk_memory", "--disk"]),
         ({"schedule.warmup": 9, "schedule.steps": 9}, ["schedule.warmup", "lower"]),

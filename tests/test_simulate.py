@@ -163,3 +163,15 @@ def test_bound_adds_what_a_barrier_parts() -> None:
     assert bound(trace, DRIVE, reads, {Phase.UPDATE: 10}) == pytest.approx((17.0, 11.0, "disk"))
     few = {Phase.FORWARD: 60}
     assert bound(trace, DRIVE, few, {Phase.UPDATE: 10}) == pytest.approx((13.0, 11.0, "compute"))
+
+
+def test_bytes_may_cross_the_barrier_as_far_as_memory_holds_them() -> None:
+    moments = (Moment(Phase.FORWARD, (), 8.0, 0), Moment(Phase.UPDATE, (), 1.0, 0))
+    trace = Trace(moments, (), {})
+    reads = {Phase.FORWARD: 20, Phase.UPDATE: 80}
+    apart, _, _ = bound(trace, DRIVE, reads, {})
+    some, _, _ = bound(trace, DRIVE, reads, {}, capacity_bytes=20)
+    enough, wire, _ = bound(trace, DRIVE, reads, {}, capacity_bytes=1000)
+    assert apart == pytest.approx(16.0)  # passes 8, update 8
+    assert some == pytest.approx(14.0)  # a fifth of the update's reads come during the passes
+    assert enough == pytest.approx(wire) == pytest.approx(10.0)

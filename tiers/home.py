@@ -6,9 +6,12 @@ read into frames and write from homes. So a home is always readable and right: s
 [Note: writes we did not make]
 The user may write to any home at any time. Resident: the crc32c taken when the chunk was last
 equal to the file is compared before it is dropped, and a difference means "write it back".
-Evicted: the write goes through the mapping to the file itself and moves the file's modification
-time; then staged copies are read again, and a checksum that differs is believed. Without such a
-sign a differing checksum is corruption, and raises.
+Evicted: the write goes through the mapping to the file itself, and leaves two signs: the file's
+modification time moves, and the written pages are in the page cache. When the time moves staged
+copies are read again; cached pages are always taken over staged ones. A checksum that differs then
+is believed if there is a sign and a second reading brings the same, else it is corruption, and
+raises. Undecidable, beside a sign: the same wrong bytes read twice, or wrong in the page cache.
+(The time speaks for the whole file, since written pages may have left the cache.)
 """
 
 from __future__ import annotations
@@ -171,10 +174,8 @@ class HomeSpace:
                 ticket = chunk.loading
                 assert ticket is not None
                 self.lanes["read"].wait(ticket)
-            if (user_code or ticket.result != chunk.crc) and self._touched(chunk, ticket.result):
-                ticket = self._read_again(chunk)
-            if ticket.result != chunk.crc:
-                self._believe_or_raise(chunk, ticket.result)
+            if user_code or ticket.result != chunk.crc:
+                self._heed_mapping(chunk, ticket)
         except OSError:
             self._end_load(chunk)  # the next need tries again
             raise
@@ -292,34 +293,46 @@ class HomeSpace:
             self.lanes["read"].wait(chunk.loading)
             self._submit_again(chunk)
 
-    def _touched(self, chunk: Chunk, crc: int) -> bool:
-        """Whether somebody may have written through the mapping behind the staged copy.
+    def _heed_mapping(self, chunk: Chunk, ticket: Ticket) -> None:
+        """Bring a staged copy up to what its home shows; the checksum says whether to believe it.
 
         The file's time cannot tell while writes of ours are in flight. Those are direct and leave
-        nothing in the page cache: what is there, somebody touched. Buffered I/O leaves all of it
-        there, so then the mapping itself is compared.
+        nothing in the page cache: what is there, somebody touched.
         """
         assert self.disk is not None
-        if self.disk.engine == "buffered":
-            return int(crc32c(vm.buffer_at(chunk.address, chunk.size_bytes))) != crc
-        return vm.any_cached(chunk.address, chunk.size_bytes)
+        cached = self._with_cached_pages(chunk)
+        crc = ticket.result if cached is None else cached
+        if chunk.crc not in (ticket.result, crc):
+            sign = self._epoch > chunk.crc_epoch
+            if cached is not None:  # buffered I/O leaves all pages there, which is then no sign
+                sign |= self.disk.engine != "buffered" or crc != ticket.result
+            again = self._read_again(chunk) if sign else None
+            if again not in (crc, chunk.crc):
+                raise self._corrupt(chunk, crc)
+            crc = again
+        chunk.crc, chunk.crc_epoch = crc, self._epoch
 
-    def _read_again(self, chunk: Chunk) -> Ticket:
-        self._epoch += 1  # so that whatever comes is believed
+    def _read_again(self, chunk: Chunk) -> int:
         ticket = self._submit_again(chunk)
         self.lanes["read"].wait(ticket)
-        return ticket
+        cached = self._with_cached_pages(chunk)
+        return ticket.result if cached is None else cached
+
+    def _with_cached_pages(self, chunk: Chunk) -> int | None:
+        """Put the home's cached pages over the staged ones; the crc32c then, None without any."""
+        assert chunk.frame is not None
+        if not vm.take_cached(chunk.address, chunk.frame.address, chunk.size_bytes):
+            return None
+        return int(crc32c(vm.buffer_at(chunk.frame.address, chunk.size_bytes)))
 
     def _submit_again(self, chunk: Chunk) -> Ticket:
         ticket = chunk.loading = Ticket(chunk.id)
         self.lanes["read"].submit(ticket, self._reading(chunk), chunk.size_bytes)
         return ticket
 
-    def _believe_or_raise(self, chunk: Chunk, crc: int) -> None:
-        if self._epoch > chunk.crc_epoch:
-            chunk.crc, chunk.crc_epoch = crc, self._epoch
-            return
-        raise CorruptChunk(
+    @staticmethod
+    def _corrupt(chunk: Chunk, crc: int) -> CorruptChunk:
+        return CorruptChunk(
             f"what came back from offset {chunk.offset} ({chunk.size_bytes} bytes) is different "
             f"from what was written (crc32c {crc:08x}, expected {chunk.crc:08x}); "
             "the disk or its file system is losing data: use another disk=... folder and "

@@ -55,6 +55,18 @@ class Layout:
         stop = start + max(self.numels[tensor], 1)
         return range(start // self.chunk_elements, -(-stop // self.chunk_elements))
 
+    def coarser(self, elements: int) -> Layout:
+        """The layout of one value for each so many elements; chunk i mirrors chunk i of this.
+
+        All starts, ``chunk_elements`` and ``total_elements`` must be multiples of ``elements``.
+        """
+        return Layout(
+            tuple(start // elements for start in self.starts),
+            tuple(-(-numel // elements) for numel in self.numels),
+            self.chunk_elements // elements,
+            self.total_elements // elements,
+        )
+
     def pieces(self, chunk: int) -> list[Piece]:
         """Which parts of which tensors a chunk holds, in order."""
         lo, hi = self.chunk_range(chunk)
@@ -69,13 +81,24 @@ class Layout:
         return found
 
 
-def lay_out(numels: Sequence[int], chunk_elements: int) -> Layout:
-    """Place tensors of these element counts in a run. ``chunk_elements``: multiple of 4096."""
-    if chunk_elements <= 0 or chunk_elements % PAGE_ELEMENTS:
-        raise ValueError(f"chunk_elements must be a multiple of {PAGE_ELEMENTS}: {chunk_elements}")
-    ends = list(accumulate((round_up(max(n, 1), ALIGN_ELEMENTS) for n in numels), initial=0))
-    total = round_up(ends[-1], PAGE_ELEMENTS)
+def lay_out(numels: Sequence[int], chunk_elements: int, block_elements: int = 1) -> Layout:
+    """Place tensors of these element counts in a run. ``chunk_elements``: multiple of 4096.
+
+    ``block_elements``: what mirrors the run has one value for each so many elements, so no such
+    block may be cut by a start; chunks must be `page_elements` long, or a multiple.
+    """
+    page = page_elements(block_elements)
+    if chunk_elements <= 0 or chunk_elements % page:
+        raise ValueError(f"chunk_elements must be a multiple of {page}: {chunk_elements}")
+    align = max(ALIGN_ELEMENTS, block_elements)
+    ends = list(accumulate((round_up(max(n, 1), align) for n in numels), initial=0))
+    total = round_up(ends[-1], page)
     return Layout(tuple(ends[:-1]), tuple(numels), chunk_elements, total)
+
+
+def page_elements(block_elements: int) -> int:
+    """Elements that fill whole pages in every mirror; values of a block have 4 bytes or more."""
+    return max(PAGE_ELEMENTS, PAGE_ELEMENTS // 4 * block_elements)
 
 
 def choose_chunk_bytes(budget_bytes: int, copies: int) -> int:

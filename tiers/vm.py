@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 
 from offload.tiers.spec import MIB, round_up
 
@@ -22,6 +23,7 @@ _SHARED, _PRIVATE, _FIXED, _ANONYMOUS, _NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x40
 _MAYMOVE, _MOVE_FIXED, _DONTUNMAP = 1, 2, 4
 _ADVISE_RANDOM, _ADVISE_HUGEPAGE = 1, 14
 _FAILED = ctypes.c_void_p(-1).value
+_LOWEST_BIT = bytes(v & 1 for v in range(256))  # of a mincore byte: cached or not
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
@@ -96,12 +98,19 @@ def map_anonymous(address: int, size_bytes: int) -> None:
     _check(_libc.mmap(address, size_bytes, _READ_WRITE, flags, -1, 0), "mmap")
 
 
-def any_cached(address: int, size_bytes: int) -> bool:
-    """Whether any page of a file mapping is in the page cache: somebody touched it there."""
+def take_cached(source: int, target: int, size_bytes: int) -> bool:
+    """Copy the pages of a file mapping that are in the page cache; whether there were any.
+
+    What is there somebody touched, and is what the file's users see, whatever the disk holds.
+    """
     pages = -(-size_bytes // PAGE_BYTES)
     seen = (ctypes.c_ubyte * pages)()
-    _check(_libc.mincore(address, size_bytes, seen), "mincore")
-    return any(v & 1 for v in bytes(seen).strip(b"\0"))
+    _check(_libc.mincore(source, size_bytes, seen), "mincore")
+    runs = list(re.finditer(rb"\x01+", bytes(seen).translate(_LOWEST_BIT)))
+    for run in runs:
+        start, stop = (page * PAGE_BYTES for page in run.span())
+        ctypes.memmove(target + start, source + start, min(stop, size_bytes) - start)
+    return bool(runs)
 
 
 def move_pages(source: int, target: int, size_bytes: int) -> None:

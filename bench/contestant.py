@@ -1,0 +1,79 @@
+"""One of our own contestants: plain torch, or offload with a budget. See child.py for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from child import SHAPES, arguments, build, say, serve
+
+import offload
+from offload.errors import BudgetError
+
+Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+def stepper(model: Any, optimizer: Any) -> Step:
+    """The user's plain loop."""
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def plain(shape_name: str) -> Step:
+    """Everything in memory, no offload."""
+    model = build(SHAPES[shape_name])
+    return stepper(model, torch.optim.AdamW(model.parameters(), fused=True))
+
+
+def managed(args: Any, budget: str | int, held: list[Any]) -> Step:
+    """Three lines of offload in the same loop; the model is never whole in memory."""
+    model = offload.init(
+        lambda: build(SHAPES[args.shape]), host_memory=budget, disk=args.disk
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model, optimizer = offload.wrap(
+        model, optimizer, step_in_backward=args.kind == "offload-backward"
+    )
+    held[:] = [model]
+    return stepper(model, optimizer)
+
+
+def least_bytes(args: Any) -> int:
+    """The smallest budget with which three steps run, by asking until none is refused."""
+    budget, held = 1 << 20, []
+    while True:
+        try:
+            step = managed(args, budget, held)
+            for _ in range(3):
+                step(torch.zeros((1, args.tokens), dtype=torch.int64))
+            return budget
+        except BudgetError as refused:
+            if held:
+                offload.runtime(held[0]).close()
+            budget = max(refused.smallest_bytes or 0, budget + (8 << 20))
+
+
+def main() -> None:
+    args = arguments(("plain", "offload", "offload-backward", "least"))
+    held: list[Any] = []
+    if args.kind == "least":
+        say(least_bytes=least_bytes(args))
+    elif args.kind == "plain":
+        serve(lambda: plain(args.shape), args)
+    else:
+        serve(
+            lambda: managed(args, args.budget, held), args,
+            lambda: offload.runtime(held[0]).stats(),
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

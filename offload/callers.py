@@ -1,0 +1,37 @@
+"""Who calls: the module call that runs our hook, and transforms that cannot be served."""
+
+from __future__ import annotations
+
+import inspect
+from types import FrameType
+
+import torch
+from torch import nn
+
+from offload.errors import OffloadError
+
+_MODULE_FILE = nn.Module.__call__.__code__.co_filename
+
+
+def caller_of_hooks() -> FrameType | None:
+    """The frame of the module call that is running our pre-hook."""
+    frame = inspect.currentframe()
+    for _ in range(4):  # this function, the method, Hook.__call__
+        frame = frame.f_back if frame is not None else None
+        if frame is not None and frame.f_code.co_filename == _MODULE_FILE:
+            return frame
+    return None
+
+
+def refuse_transforms() -> None:
+    """Raise OffloadError within ``torch.func.grad``, ``vmap`` and the like.
+
+    They forbid saved-tensor hooks, by which we know of the backward pass. Torch has no public
+    question for it.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise OffloadError(
+            "a managed model cannot be called within torch.func transforms (grad, vjp, jacrev, "
+            "vmap, ...): they forbid the hooks by which weights are fetched. Use torch.autograd, "
+            "or offload.runtime(model).unwrap() first, which needs memory for the whole model"
+        )
