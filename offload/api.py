@@ -23,11 +23,12 @@ from offload.ledger import Ledger
 from offload.optim.learn import learn
 from offload.optim.mirror import OptimizerProfile
 from offload.optim.narrow import Narrowing
+from offload.parts import Parts
 from offload.place import build_device, choose, refuse_hopeless, with_place
 from offload.prefetch.plan import Plan
 from offload.prefetch.planner import DoesNotFit, plan
 from offload.prefetch.trace import Trace
-from offload.run import Parts, Runtime
+from offload.run import Runtime
 from offload.scratch import ScratchMode
 from offload.steps import Steps
 from offload.swap import SwapFile

@@ -30,7 +30,8 @@ from offload.errors import BudgetError, OffloadError
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
 from offload.hook import Hook, has_user_hooks
-from offload.hooks import Before, InFlight, settle_gradient
+from offload.hooks import settle_gradient
+from offload.passes import Before, InFlight
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations
 from offload.steps import Kind, Mode, Steps

@@ -96,6 +96,10 @@ class EarlyUpdate:
         finally:
             self._paused = False
 
+    def hold(self, *, held: bool) -> None:
+        """Within ``paused``: whether the pass that goes on now must not update yet."""
+        self._paused = held
+
     # -- between steps ----------------------------------------------------------------------
 
     def refuse_between_steps(self, what: str) -> None:

@@ -6,8 +6,6 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from offload.foresight import Foresight
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
 from offload.hook import Hook, has_user_hooks
+from offload.passes import Before, Pass, Turn
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations, SavedTensors
 from offload.steps import Kind, Mode, Steps
@@ -44,13 +43,9 @@ class Hooks:
         self._binding = binding
         self._steps = steps
         self._on_grad = on_grad
-        self._contexts: list[Any] = []
-        self._frame: FrameType | None = None
-        self._in_backward = False
-        self._before: Before | None = None
+        self._pass = Pass(engine)
         activations = Activations(self._take_activation, engine.ledger.give_other)
         self._shared = _shared_homes(model, binding)
-        self._in_flight = InFlight(engine)
         engine.largest_gradient_bytes = max(
             (_grad_bytes(h) for h in binding.homes.values() if h.family.trained), default=0
         )
@@ -75,9 +70,20 @@ class Hooks:
         ]
         self._inner = self._attach(model)
 
+    @contextmanager
+    def taking_turns(self, turn: Turn) -> Iterator[None]:
+        """This thread runs one of several passes; nothing of it is held afterwards."""
+        self._pass.turn = turn
+        try:
+            yield
+        finally:
+            self._pass.turn = None
+            self._pass.leave()
+            self._pass.in_flight.clear()
+
     def remove(self) -> None:
         """Detach everything."""
-        self._leave_contexts()
+        self._pass.leave()
         for handle in (*self._root, *self._inner):
             handle.remove()
         self._root, self._inner = [], []
@@ -96,7 +102,7 @@ class Hooks:
             elif direct:
                 chunks = sorted({c for h in direct for c in h.weight_chunks})
                 needs = tuple(Need(c, Access.READ) for c in chunks)
-                enter = self._own[module] = self._unit(needs)
+                enter = self._own[module] = self._unit(needs, direct)
                 handles.append(module.register_forward_pre_hook(Hook(enter)))
         for name, unit in self._units.items():
             handles += self._planned(name, unit)
@@ -111,8 +117,8 @@ class Hooks:
 
     def _enter_root(self, module: nn.Module, args: object, kwargs: object) -> None:
         refuse_transforms()
-        self._leave_contexts()  # an interrupt may have skipped the last leave
-        self._in_flight.clear()  # nor is a backward pass under way: it may have been cut short
+        self._pass.leave()  # an interrupt may have skipped the last leave
+        self._pass.in_flight.clear()  # nor is a backward pass under way: it may have been cut short
         check_parameters(module, self._binding)
         kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
         if kind is Kind.TRAIN and self._steps.current is None:
@@ -126,17 +132,18 @@ class Hooks:
             return
         if kind is Kind.TRAIN:
             self.activations.begin_pass(elements, len(self._units))
-        self._in_backward = False
         self._engine.user_hooks = has_user_hooks(module)
         self._foresight.see(args, kwargs)
-        self._frame = caller_of_hooks()
+        self._pass.in_backward = False
+        self._pass.frame = caller_of_hooks()
+        self._pass.infers = kind is Kind.INFER
         if kind is Kind.TRAIN:
-            self._push(torch.autograd.graph.saved_tensors_hooks(
+            self._pass.push(torch.autograd.graph.saved_tensors_hooks(
                 self._saved.pack, self._saved.unpack
             ))  # fmt: skip
         if mode is Mode.RECORD:
-            self._before = Before(module)
-            self._push(AllocationGuard(self._foresee, self._running))
+            self._pass.before = Before(module)
+            self._pass.push(AllocationGuard(self._foresee, self._running))
 
     def _decide(self) -> None:
         """Between steps: where activations are to be treated otherwise the step is recorded."""
@@ -158,7 +165,7 @@ class Hooks:
         return fits
 
     def _leave_root(self, module: nn.Module, args: object, output: object) -> None:
-        self._leave_contexts()
+        self._pass.leave()
         if sys.exc_info()[0] is not None:
             return  # the forward pass raised: its error is the one to be seen
         if self._steps.current is Kind.INFER:
@@ -186,17 +193,24 @@ class Hooks:
 
     def _enter_again(self, module: nn.Module) -> None:
         """A unit runs again within the backward pass."""
-        self._in_backward = True
+        self._pass.in_backward = True
         if module in self._own:
             self._own[module](module, ())
 
-    def _unit(self, needs: tuple[Need, ...]) -> Callable[..., None]:
+    def _unit(self, needs: tuple[Need, ...], homes: list[Home]) -> Callable[..., None]:
         def enter(module: nn.Module, args: object) -> None:
-            phase = Phase.BACKWARD if self._in_backward else Phase.FORWARD
+            phase = Phase.BACKWARD if self._pass.in_backward else Phase.FORWARD
+            self._take_turns(needs, homes)
             with self._undone_if_refused():
                 self._engine.need(phase, needs)
 
         return enter
+
+    def _take_turns(self, needs: tuple[Need, ...], homes: list[Home]) -> None:
+        """Let other passes catch up before weights are asked for that they may need too."""
+        mine = self._pass
+        if mine.turn is not None and not mine.infers:
+            mine.turn.unit(needs, homes, in_backward=mine.in_backward)
 
     def _take_activation(self, size_bytes: int, what: str) -> None:
         with self._undone_if_refused():
@@ -208,8 +222,8 @@ class Hooks:
         try:
             yield
         except BudgetError:
-            if self._before is not None:
-                self._before.restore()
+            if self._pass.before is not None:
+                self._pass.before.restore()
             raise
 
     def _foresee(self, size_bytes: int, operation: str) -> None:
@@ -222,13 +236,15 @@ class Hooks:
     # -- backward ---------------------------------------------------------------------------
 
     def _unpacked(self, chunks: tuple[int, ...]) -> None:
-        self._in_backward = True
-        self._engine.need(Phase.BACKWARD, tuple(Need(c, Access.READ) for c in chunks))
+        self._pass.in_backward = True
+        needs = tuple(Need(c, Access.READ) for c in chunks)
+        self._take_turns(needs, [])
+        self._engine.need(Phase.BACKWARD, needs)
         for c in chunks:
             home = self._shared.get(c)
             if home is not None and home.param.requires_grad:
                 # Autograd keeps a shared weight's first gradient until its last use is reached.
-                self._in_flight.take_once(home, _grad_bytes(home))
+                self._pass.in_flight.take_once(home, _grad_bytes(home))
 
     def _gradient(self, home: Home) -> tuple[Callable[..., None], Callable[..., None]]:
         engine, binding = self._engine, self._binding
@@ -237,7 +253,9 @@ class Hooks:
         foreign: list[Tensor] = []
 
         def before(grad: Tensor) -> None:
-            self._in_backward = True
+            self._pass.in_backward = True
+            if self._pass.turn is not None:
+                self._pass.turn.gradient(home)
             there = home.param.grad
             foreign.clear()
             if there is not None and not home.grad_is_home:
@@ -247,7 +265,7 @@ class Hooks:
                     f"{home.name} has a sparse gradient, which has no home: build the embedding "
                     "with sparse=False"
                 )
-            self._in_flight.take(home, size_bytes)
+            self._pass.in_flight.take(home, size_bytes)
             if home.grad_is_home:  # about to be added to in place
                 engine.need(Phase.BACKWARD, whole)
 
@@ -256,17 +274,15 @@ class Hooks:
             if made and not self._keeps(home):
                 settle_gradient(engine, binding, home)
             foreign.clear()
-            self._in_flight.give(home)
+            self._pass.in_flight.give(home)
             if self._on_grad is not None:
                 self._on_grad(home.param)
+            if self._pass.turn is not None:
+                self._pass.turn.added(home)
 
         return before, after
 
     # -- contexts ---------------------------------------------------------------------------
-
-    def _push(self, context: Any) -> None:
-        context.__enter__()
-        self._contexts.append(context)
 
     def _running(self) -> bool:
         """Whether the forward pass that pushed our contexts is on the stack.
@@ -274,55 +290,9 @@ class Hooks:
         A KeyboardInterrupt skips module hooks; what it leaves behind must not act on others.
         """
         frame = inspect.currentframe()
-        while frame is not None and frame is not self._frame:
+        while frame is not None and frame is not self._pass.frame:
             frame = frame.f_back
         return frame is not None
-
-    def _leave_contexts(self) -> None:
-        self._before = self._frame = None
-        while self._contexts:
-            self._contexts.pop().__exit__(None, None, None)
-
-
-class Before:
-    """What a forward pass changes and a refused one must not: random state and buffers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._rng = torch.get_rng_state()
-        self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._rng)
-        with torch.no_grad():
-            for buffer, value in self._buffers:
-                buffer.copy_(value)
-
-
-class InFlight:
-    """Gradients that autograd holds before they are home: debited until then."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._bytes: dict[Home, int] = {}
-
-    def take(self, home: Home, size_bytes: int) -> None:
-        """One gradient tensor of this parameter exists (more). May raise BudgetError."""
-        self._engine.take_other(size_bytes, f"the gradient of {home.name}")
-        self._bytes[home] = self._bytes.get(home, 0) + size_bytes
-
-    def take_once(self, home: Home, size_bytes: int) -> None:
-        """The same, unless one is debited already."""
-        if home not in self._bytes:
-            self.take(home, size_bytes)
-
-    def give(self, home: Home) -> None:
-        """They are home, or gone."""
-        self._engine.ledger.give_other(self._bytes.pop(home, 0))
-
-    def clear(self) -> None:
-        """No backward pass is under way (``autograd.grad`` never brings gradients home)."""
-        for home in list(self._bytes):
-            self.give(home)
 
 
 def _grad_bytes(home: Home) -> int:

@@ -4,43 +4,24 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from offload.activations import KEEP_ALL, Means
-from offload.bind import Binding
 from offload.config import Given
-from offload.device_engine import Device
-from offload.device_hooks import DeviceHooks
-from offload.early import EarlyUpdate
-from offload.engine import Engine
 from offload.homing import release_all
 from offload.hooks import Hooks
-from offload.optim.step import ChunkedStep
+from offload.parts import Parts
 from offload.prefetch.plan import Plan
-from offload.steps import Kind, Steps
+from offload.steps import Kind
+from offload.vertical import Accumulator
 
-
-@dataclass(slots=True, eq=False)
-class Parts:
-    """What a run is made of."""
-
-    engine: Engine
-    binding: Binding
-    steps: Steps
-    hooks: Hooks | DeviceHooks | None = None
-    stepper: ChunkedStep | None = None
-    means: Means = KEEP_ALL
-    device: Device | None = None  # compute in frames; None: where the weights are
-    early: EarlyUpdate | None = None  # updates during the backward pass
-    handles: list[RemovableHandle] = field(default_factory=list)
+B = TypeVar("B")
 
 
 class Runtime:
@@ -53,6 +34,7 @@ class Runtime:
         self.model = model
         self.optimizer = optimizer
         self.parts = parts
+        self._accumulator = Accumulator(model, parts)
 
     @property
     def plan(self) -> Plan | None:
@@ -130,6 +112,16 @@ class Runtime:
         """
         with self.parts.early.paused() if self.parts.early is not None else nullcontext():
             yield
+
+    def accumulate(
+        self, micro_batches: Iterable[B], loss_fn: Callable[[nn.Module, B], Tensor]
+    ) -> list[Tensor]:
+        """Gradients of several micro-batches for the weight traffic of one; losses, detached.
+
+        The bits are those of ``for mb in micro_batches: loss_fn(model, mb).backward()``, all
+        within one step. See ``offload.vertical``.
+        """
+        return self._accumulator(micro_batches, loss_fn)
 
     def save(
         self,

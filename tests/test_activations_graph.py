@@ -182,7 +182,7 @@ def held(run: Runtime) -> tuple[int, int]:
     gc.collect()  # an exception's frames hold the graph
     activations = run.parts.hooks
     assert isinstance(activations, Hooks)
-    activations._in_flight.clear()
+    activations._pass.in_flight.clear()
     found = activations.activations._area
     while found is not None and found.relieve():
         pass
@@ -228,3 +228,22 @@ def test_unwrapped_and_copied_models_are_plain(zoo: Zoo, manage: Manager) -> Non
     torch.manual_seed(1)
     random.seed(1)
     assert zoo.same(twin(batch(0)), expected)
+
+
+def test_accumulation_is_then_the_plain_loop(
+    zoo: Zoo, manage: Manager, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found: list[list[Tensor]] = []
+    for _ in range(2):
+        model, optimizer = start()
+        run = manage(model, optimizer, activations="recompute")
+        torch.manual_seed(9)
+        random.seed(9)
+        if found:
+            run.accumulate([batch(1), batch(2)], lambda m, x: m(x))
+        else:
+            for seed in (1, 2):
+                model(batch(seed)).backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert zoo.same(found[1], found[0])
+    assert 'activations="recompute" is for one pass at a time' in capsys.readouterr().err

@@ -1,0 +1,32 @@
+"""What a run is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.utils.hooks import RemovableHandle
+
+from offload.activations import KEEP_ALL, Means
+from offload.bind import Binding
+from offload.device_engine import Device
+from offload.device_hooks import DeviceHooks
+from offload.early import EarlyUpdate
+from offload.engine import Engine
+from offload.hooks import Hooks
+from offload.optim.step import ChunkedStep
+from offload.steps import Steps
+
+
+@dataclass(slots=True, eq=False)
+class Parts:
+    """What a run is made of."""
+
+    engine: Engine
+    binding: Binding
+    steps: Steps
+    hooks: Hooks | DeviceHooks | None = None
+    stepper: ChunkedStep | None = None
+    means: Means = KEEP_ALL
+    device: Device | None = None  # compute in frames; None: where the weights are
+    early: EarlyUpdate | None = None  # updates during the backward pass
+    handles: list[RemovableHandle] = field(default_factory=list)

@@ -1,0 +1,93 @@
+"""What belongs to one forward and backward pass. Each thread has its own: see vertical.py."""
+
+from __future__ import annotations
+
+import threading
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from offload.bind import Home
+from offload.engine import Engine
+from offload.prefetch.trace import Need
+
+
+class Turn(Protocol):
+    """Where a pass that is one of several side by side lets the others go on."""
+
+    def unit(self, needs: tuple[Need, ...], homes: list[Home], *, in_backward: bool) -> None:
+        """These weights are about to be used."""
+
+    def gradient(self, home: Home) -> None:
+        """A gradient is about to be added up."""
+
+    def added(self, home: Home) -> None:
+        """It has been."""
+
+
+class Before:
+    """What a forward pass changes and a refused one must not: random state and buffers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._rng = torch.get_rng_state()
+        self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._rng)
+        with torch.no_grad():
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
+
+
+class InFlight:
+    """Gradients that autograd holds before they are home: debited until then."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._bytes: dict[Home, int] = {}
+
+    def take(self, home: Home, size_bytes: int) -> None:
+        """One gradient tensor of this parameter exists (more). May raise BudgetError."""
+        self._engine.take_other(size_bytes, f"the gradient of {home.name}")
+        self._bytes[home] = self._bytes.get(home, 0) + size_bytes
+
+    def take_once(self, home: Home, size_bytes: int) -> None:
+        """The same, unless one is debited already."""
+        if home not in self._bytes:
+            self.take(home, size_bytes)
+
+    def give(self, home: Home) -> None:
+        """They are home, or gone."""
+        self._engine.ledger.give_other(self._bytes.pop(home, 0))
+
+    def clear(self) -> None:
+        """No backward pass is under way (``autograd.grad`` never brings gradients home)."""
+        for home in list(self._bytes):
+            self.give(home)
+
+
+class Pass(threading.local):
+    """State of the pass that this thread is in. ``turn``: set while several take turns."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.contexts: list[Any] = []
+        self.frame: FrameType | None = None  # of the model's forward
+        self.before: Before | None = None
+        self.in_backward = False
+        self.infers = False  # a forward pass without gradients is on the stack
+        self.in_flight = InFlight(engine)
+        self.turn: Turn | None = None
+
+    def push(self, context: Any) -> None:
+        """Enter a context until ``leave``."""
+        context.__enter__()
+        self.contexts.append(context)
+
+    def leave(self) -> None:
+        """Exit the contexts of the forward pass."""
+        self.before = self.frame = None
+        self.infers = False
+        while self.contexts:
+            self.contexts.pop().__exit__(None, None, None)
