@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from offload.activations import Means
 from offload.attach import How, attach
 from offload.bind import Binding, Family, build_family, family_keys, refuse_odd_parameters
-from offload.config import Given, Size, Tuning, understand
+from offload.config import Given, Size, Tuning, understand, with_activations
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError, SpillError
 from offload.homing import adopt_parameter
@@ -30,6 +31,7 @@ from offload.prefetch.trace import Trace
 from offload.run import Runtime
 from offload.scratch import ScratchMode
 from offload.steps import Steps
+from offload.swap import SwapFile
 from offload.tiers.copy import LendingHomes
 from offload.tiers.disk import DiskFull, SpillFile
 from offload.tiers.fake import AdversarialLane
@@ -78,6 +80,7 @@ def wrap(
     max_grad_norm: float | None = None,
     step_in_backward: bool = False,
     state_dtype: str | None = None,
+    activations: str = "keep",
     tuning: Tuning | None = None,
 ) -> tuple[M, Optimizer | None]:
     """Manage a model's weights, gradients and optimizer state in tiers; the same objects return.
@@ -96,6 +99,10 @@ def wrap(
     ``GradScaler``; if ``backward()`` raises, weights may be between two steps.
     ``state_dtype="bf16"`` or ``"int8"`` stores optimizer state in a half or a quarter of float32's
     bytes: other numbers than without, the same for every budget. See ``offload.optim.codecs``.
+    ``activations``: what becomes of the tensors that repeated blocks save for the backward pass:
+    "keep" (the default: the budget must hold them all), "recompute" (a block's forward runs again),
+    "swap" (to disk), or "auto", which keeps them where they fit and otherwise chooses per block
+    from the recorded step. Same bits in all four.
 
     Raises BudgetError (before anything is moved) when the budgets are too small,
     CoupledOptimizerError for optimizers that mix parameters, SpillError when the disk is full.
@@ -104,6 +111,7 @@ def wrap(
     if given is None:
         given = understand(host_memory, disk, disk_memory, device_memory)
         given = with_place(given, choose(model, device, compute_dtype, tuning or Tuning()))
+    given = with_activations(given, activations)
     how = How(max_grad_norm, step_in_backward, state_dtype)
     _manage(model, optimizer, given, how, tuning or Tuning())
     return model, optimizer
@@ -219,6 +227,7 @@ def _manage(
     if given.place is not None:
         parts.device = build_device(model, parts.engine, parts.binding, given, tuning)
     run = Runtime(model, optimizer, parts, given)
+    parts.means = _means(given, parts.engine, tuning)
     attach(run, learnt, narrowing, how, _say)
     model.__dict__["_offload"] = _Handle(run)
 
@@ -266,6 +275,17 @@ def _build(
     may_fit = not tuning.keep_hooks and given.place is None
     steps = Steps(engine, _planner(engine, given, tuning), may_fit=may_fit)
     return Parts(engine, binding, steps)
+
+
+def _means(given: Given, engine: Engine, tuning: Tuning) -> Means:
+    """What activations may use: a spill file of their own, in what weights leave of the disk."""
+    if given.disk is None or given.activations == "keep":
+        return Means(given.activations, None, None)
+    assert engine.space.disk is not None
+    limit = given.budget.disk_bytes
+    left = None if limit is None else limit - engine.space.disk.used_bytes
+    machine = tuning.machine or cached_probe(given.disk)
+    return Means(given.activations, machine, SwapFile(given.disk, left, _say))
 
 
 def _lanes(tuning: Tuning) -> tuple[Lane, Lane]:

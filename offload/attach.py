@@ -69,7 +69,7 @@ def _attach_model(run: Runtime, on_grad: OnGrad | None) -> None:
     keeps = parts.early.keeps if parts.early is not None else lambda _: False
     common = run.model, parts.engine, parts.binding, parts.steps
     if parts.device is None:
-        parts.hooks = Hooks(*common, on_grad, keeps)
+        parts.hooks = Hooks(*common, on_grad, keeps, parts.means)
     else:
         parts.hooks = DeviceHooks(*common, parts.device, on_grad, keeps)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from offload.tiers.spec import Budget, Machine, parse_size
 if TYPE_CHECKING:
     from offload.place import Place
 
+ACTIVATIONS = ("auto", "keep", "recompute", "swap")
 HEADROOM_SHARE = 0.8  # of what is free, when no budget is given
 
 Size = int | str
@@ -52,6 +53,7 @@ class Given:
     disk: Path | None
     chosen: tuple[str, ...]  # budgets that were not given, as lines to tell the user
     place: Place | None = None  # compute in frames; None: where the weights are
+    activations: str = "keep"  # what becomes of saved tensors: auto, keep, recompute or swap
 
 
 def understand(
@@ -75,6 +77,20 @@ def understand(
         host = int(HEADROOM_SHARE * free_memory_bytes())
         chosen.append(f"host_memory={host} (80% of what is free)")
     return Given(Budget(host, device, disk_bytes), folder, tuple(chosen))
+
+
+def with_activations(given: Given, setting: str) -> Given:
+    """The same with what becomes of saved activations. Raises OffloadError for odd settings."""
+    if setting not in ACTIVATIONS:
+        raise OffloadError(f"activations={setting!r}: give one of {', '.join(ACTIVATIONS)}")
+    if given.place is not None and setting in ("recompute", "swap"):
+        raise OffloadError(
+            f'activations="{setting}" is not offered yet where weights are computed with in frames '
+            "(device=..., compute_dtype=...): leave it out, or use the model's own checkpointing"
+        )
+    if setting == "swap" and given.disk is None:
+        raise OffloadError('activations="swap" needs a disk=... folder to swap to')
+    return replace(given, activations=setting)
 
 
 def free_memory_bytes() -> int:

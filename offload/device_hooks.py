@@ -30,7 +30,7 @@ from offload.errors import BudgetError, OffloadError
 from offload.gradients import GradientHomes
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
-from offload.hooks import Hook, has_user_hooks
+from offload.hook import Hook, has_user_hooks
 from offload.passes import Before
 from offload.prefetch.trace import Phase
 from offload.saved import Activations

@@ -62,6 +62,9 @@ class Engine:
         self.largest_gradient_bytes = 0
         self.largest_update_bytes = 0
         self.foresee_step_bytes: Callable[[], int] = lambda: 0
+        self.remedy = "use a smaller batch or gradient checkpointing"
+        # Room that is not chunks': a write that can be awaited; True: what was read ahead, too.
+        self.relieve: Callable[[bool], bool] = lambda _: False
 
     # -- the steady state -------------------------------------------------------------------
 
@@ -187,6 +190,8 @@ class Engine:
 
     def _make_room(self, size_bytes: int, keep: set[int], what: str = "a chunk") -> None:
         while self.ledger.room_bytes < size_bytes:
+            if self.relieve(False):
+                continue
             if self._leaving:
                 chunk = next(iter(self._leaving.values()))
                 self._waiting("write", lambda c=chunk: self._finish_leaving(c))  # type: ignore[misc]
@@ -195,7 +200,7 @@ class Engine:
             if victim is not None:
                 self.counters.forced_evictions += self.follower is not None
                 self._evict(victim)
-            elif not self._abandon_a_load(keep):
+            elif not self._abandon_a_load(keep) and not self.relieve(True):
                 self._refuse(size_bytes, keep, what)
 
     def _victim(self, keep: set[int]) -> Chunk | None:
@@ -237,7 +242,7 @@ class Engine:
             f"{format_size(held)}, activations and gradients in flight "
             f"{format_size(ledger.other_bytes)}, fixed memory {format_size(ledger.fixed_bytes)}; "
             f"{known} needs host_memory of at least {format_size(least)}: give that or "
-            "more, or use a smaller batch or gradient checkpointing",
+            f"more, or {self.remedy}",
             tier="host",
             needed_bytes=least,
             given_bytes=ledger.budget_bytes,

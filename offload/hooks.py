@@ -1,7 +1,4 @@
-"""Hooks on modules, parameters and saved tensors: they turn what happens into engine calls.
-
-Copies and pickles of a hooked model carry inert hooks: a deep copy is a plain model.
-"""
+"""Hooks on modules, parameters and saved tensors: they turn what happens into engine calls."""
 
 from __future__ import annotations
 
@@ -10,14 +7,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from offload.activations import KEEP_ALL, Means, Planned, find_units
 from offload.bind import Binding, Home
 from offload.callers import caller_of_hooks, refuse_transforms
 from offload.engine import Engine
@@ -26,36 +22,13 @@ from offload.foresight import Foresight
 from offload.gradients import GradientHomes
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
+from offload.hook import Hook, has_user_hooks
 from offload.passes import Before, Pass, Turn
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations, SavedTensors
 from offload.steps import Kind, Mode, Steps
 
-
-def inert(*_: object) -> None:
-    """What a hook becomes in a copy."""
-
-
-class Hook:
-    """A callable that does not survive copying: copies do nothing."""
-
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
-
-    def __deepcopy__(self, memo: object) -> Callable[..., None]:
-        return inert
-
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        return _make_inert, ()
-
-
-def _make_inert() -> Callable[..., None]:
-    return inert
+REMEDY = 'give offload.wrap activations="auto", or use a smaller batch or gradient checkpointing'
 
 
 class Hooks:
@@ -65,6 +38,7 @@ class Hooks:
         self, model: nn.Module, engine: Engine, binding: Binding, steps: Steps,
         on_grad: Callable[[nn.Parameter], None] | None = None,
         keeps: Callable[[Home], bool] = lambda _: False,
+        means: Means = KEEP_ALL,
     ) -> None:  # fmt: skip
         self._engine = engine
         self._binding = binding
@@ -78,9 +52,18 @@ class Hooks:
         self._saved = SavedTensors(
             engine.space.chunks_at, self._unpacked, activations, self._running
         )
+        self.activations = Planned(
+            engine, means, activations, self._saved, self._enter_again, has_user_hooks
+        )
+        self._own: dict[nn.Module, Callable[..., None]] = {}
+        self._units = find_units(model)
         self._largest_input = 0
         self._foresight = Foresight(model, engine, binding)
-        engine.foresee_step_bytes = self._foresight.step_bytes
+        if means.setting == "keep":
+            engine.foresee_step_bytes = self._foresight.step_bytes  # it knows of keeping alone
+            if self._units:
+                engine.remedy = REMEDY
+            self._units = {}
         self._root = [
             model.register_forward_pre_hook(Hook(self._enter_root), prepend=True, with_kwargs=True),
             model.register_forward_hook(Hook(self._leave_root), always_call=True),
@@ -104,6 +87,7 @@ class Hooks:
         for handle in (*self._root, *self._inner):
             handle.remove()
         self._root, self._inner = [], []
+        self.activations.close()
 
     def _attach(self, model: nn.Module) -> list[RemovableHandle]:
         """Hooks on units and parameters; not there while everything fits."""
@@ -118,7 +102,10 @@ class Hooks:
             elif direct:
                 chunks = sorted({c for h in direct for c in h.weight_chunks})
                 needs = tuple(Need(c, Access.READ) for c in chunks)
-                handles.append(module.register_forward_pre_hook(Hook(self._unit(needs, direct))))
+                enter = self._own[module] = self._unit(needs, direct)
+                handles.append(module.register_forward_pre_hook(Hook(enter)))
+        for name, unit in self._units.items():
+            handles += self._planned(name, unit)
         for home in homes.values():
             if home.family.trained:
                 before, after = self._gradient(home)
@@ -135,13 +122,17 @@ class Hooks:
         self._grads.nothing_in_flight(only_mine=self._pass.turn is not None)
         check_parameters(module, self._binding)
         kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
+        if kind is Kind.TRAIN and self._steps.current is None:
+            self._decide()
         elements = sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
         mode = self._steps.begin(kind)
         if mode is Mode.FITS and elements > self._largest_input:
             mode = Mode.RECORD  # what fitted was a smaller input: watch this one
         self._largest_input = max(self._largest_input, elements)
-        if self._relax(module, mode is Mode.FITS):
+        if self._relax(module, mode is Mode.FITS and self.activations.keeps_all):
             return
+        if kind is Kind.TRAIN:
+            self.activations.begin_pass(elements, len(self._units))
         self._engine.user_hooks = has_user_hooks(module)
         self._foresight.see(args, kwargs)
         self._pass.in_backward = False
@@ -154,6 +145,11 @@ class Hooks:
         if mode is Mode.RECORD:
             self._pass.before = Before(module)
             self._pass.push(AllocationGuard(self._foresee, self._running))
+
+    def _decide(self) -> None:
+        """Between steps: where activations are to be treated otherwise the step is recorded."""
+        if self.activations.wants_another_record(self._steps.tracks[Kind.TRAIN].trace):
+            self._steps.forget(Kind.TRAIN)
 
     def _relax(self, module: nn.Module, fits: bool) -> bool:
         """Take the inner hooks off while everything fits, and put them back when it may not."""
@@ -176,7 +172,31 @@ class Hooks:
         if self._steps.current is Kind.INFER:
             self._steps.end()
         else:
+            self.activations.end_pass()
             self._engine.leave_forward()
+
+    def _planned(self, name: str, unit: nn.Module) -> list[RemovableHandle]:
+        """Hooks that tell when a unit's forward runs, as close around it as there are."""
+
+        def before(module: nn.Module, args: object, kwargs: object) -> None:
+            if self._running():
+                with self._undone_if_refused():
+                    self.activations.before(name, module, args, kwargs)
+
+        def after(module: nn.Module, args: object, output: object) -> None:
+            with self._undone_if_refused():
+                self.activations.after(output)
+
+        return [
+            unit.register_forward_pre_hook(Hook(before), with_kwargs=True),
+            unit.register_forward_hook(Hook(after), prepend=True, always_call=True),
+        ]
+
+    def _enter_again(self, module: nn.Module) -> None:
+        """A unit runs again within the backward pass."""
+        self._pass.in_backward = True
+        if module in self._own:
+            self._own[module](module, ())
 
     def _unit(self, needs: tuple[Need, ...], homes: list[Home]) -> Callable[..., None]:
         def enter(module: nn.Module, args: object) -> None:
@@ -250,24 +270,3 @@ class Hooks:
         while frame is not None and frame is not self._pass.frame:
             frame = frame.f_back
         return frame is not None
-
-
-def has_user_hooks(model: nn.Module) -> bool:
-    """Whether code of the user's runs within passes: hooks on modules or parameters."""
-    of_modules = (
-        hooks
-        for m in model.modules()
-        for hooks in (
-            m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
-        )
-    )  # fmt: skip
-    of_params = (
-        hooks or {}
-        for p in model.parameters()
-        for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)
-    )
-    return any(
-        not isinstance(hook, Hook)
-        for hooks in chain(of_modules, of_params)
-        for hook in hooks.values()
-    )

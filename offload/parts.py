@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch.utils.hooks import RemovableHandle
 
+from offload.activations import KEEP_ALL, Means
 from offload.bind import Binding
 from offload.device_engine import Device
 from offload.device_hooks import DeviceHooks
@@ -25,6 +26,7 @@ class Parts:
     steps: Steps
     hooks: Hooks | DeviceHooks | None = None
     stepper: ChunkedStep | None = None
+    means: Means = KEEP_ALL
     device: Device | None = None  # compute in frames; None: where the weights are
     early: EarlyUpdate | None = None  # updates during the backward pass
     handles: list[RemovableHandle] = field(default_factory=list)

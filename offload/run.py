@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from offload.config import Given
 from offload.homing import release_all
+from offload.hooks import Hooks
 from offload.parts import Parts
 from offload.prefetch.plan import Plan
 from offload.steps import Kind
@@ -89,6 +90,9 @@ class Runtime:
                 **({"device": device.tier_stats()} if device is not None else {}),
             },
             "device": device.stats(kind) if device is not None else None,
+            "activations": self.parts.hooks.activations.stats()
+            if isinstance(self.parts.hooks, Hooks)
+            else None,
             "temporaries_bytes": steps.watch.excess_bytes,
             "stall_s": dict(engine.counters.stall_s),
             "counters": {

@@ -1,14 +1,18 @@
 """Tensors that autograd saves: signals that a weight is about to be used, and activation bytes.
 
-Nothing is moved here. On the CPU homes have fixed addresses, so a saved weight (or a view of it,
-such as ``W.t()``) stays right whatever happens to its backing; packing only notes which chunks
-it covers, and unpacking, which autograd does just before the backward operation, asks for them.
+On the CPU homes have fixed addresses, so a saved weight (or a view of it, such as ``W.t()``) stays
+right whatever happens to its backing; packing only notes which chunks it covers, and unpacking,
+which autograd does just before the backward operation, asks for them. What is not a weight is kept,
+unless the visit of a unit that saves it has something else in mind (offload/visit.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 STALE = (
@@ -46,29 +50,95 @@ class Activations:
             self._give(size_bytes)
 
 
-class Saved:
-    """What autograd holds in place of a saved tensor."""
+class Bytes(Protocol):
+    """A storage whose contents are elsewhere."""
 
-    __slots__ = ("_activations", "_key", "chunks", "tensor", "version")
+    def fetch(self) -> Tensor:
+        """Its bytes in memory, as uint8."""
+        ...
+
+
+class Visitor(Protocol):
+    """What saving knows of the unit that runs: it may keep a tensor, or do otherwise."""
+
+    def pack(self, tensor: Tensor) -> Packed: ...
+
+    def enter_backward(self) -> None:
+        """Something that it saved is about to be used."""
+        ...
+
+
+class Packed(Protocol):
+    """What autograd holds in place of a tensor."""
+
+    chunks: tuple[int, ...]
+    visit: Visitor | None
+
+    def check(self) -> Tensor:
+        """The tensor."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How a tensor lies in its storage."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    @staticmethod
+    def of(tensor: Tensor) -> Geometry:
+        return Geometry(tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+    def over(self, memory: Tensor) -> Tensor:
+        """The same tensor over other memory."""
+        empty = torch.empty(0, dtype=self.dtype)
+        return empty.set_(memory.untyped_storage(), self.offset, self.shape, self.stride)
+
+
+class Saved:
+    """A tensor that is kept; or that was, until its bytes were elsewhere."""
+
+    __slots__ = (
+        "__weakref__", "_activations", "_elsewhere", "_key", "chunks", "tensor", "version", "visit",
+    )  # fmt: skip
 
     def __init__(
-        self, tensor: Tensor, chunks: tuple[int, ...], activations: Activations | None
-    ) -> None:
+        self, tensor: Tensor, chunks: tuple[int, ...], activations: Activations | None,
+        visit: Visitor | None = None,
+    ) -> None:  # fmt: skip
         self.chunks = chunks
+        self.visit = visit
+        self._elsewhere: tuple[Bytes, Geometry] | None = None
         self._activations = activations
         self._key = activations.hold(tensor) if activations is not None else 0
         # Detached: an operation's own output would refer to its node, and the node to this, in
         # a cycle that no collector sees. The version counter is shared.
-        self.tensor = tensor.detach()
+        self.tensor: Tensor | None = tensor.detach()
         self.version = tensor._version
 
     def __del__(self) -> None:
         # `tensor` is set last but one: absent when hold() refused.
-        if self._activations is not None and hasattr(self, "tensor"):
+        if self._activations is not None and getattr(self, "tensor", None) is not None:
+            self._activations.release(self._key)
+
+    def leave(self, elsewhere: Bytes) -> None:
+        """Let go of the memory, unless it was written to since: then it stays, to say so."""
+        if self.tensor is None or self.tensor._version != self.version:
+            return
+        self._elsewhere = elsewhere, Geometry.of(self.tensor)
+        self.tensor = None
+        if self._activations is not None:
             self._activations.release(self._key)
 
     def check(self) -> Tensor:
         """The tensor, unless it was written to since: torch's own check is off under hooks."""
+        if self._elsewhere is not None:
+            memory, geometry = self._elsewhere
+            return geometry.over(memory.fetch())
+        assert self.tensor is not None
         if self.tensor._version != self.version:
             raise RuntimeError(
                 STALE.format(
@@ -88,25 +158,36 @@ class SavedTensors:
         activations: Activations,
         running: Callable[[], bool],
     ) -> None:
+        self.visit: Visitor | None = None  # of the unit whose forward runs
         self._running = running
         self._find = find
         self._need = need
         self._activations = activations
 
-    def pack(self, tensor: Tensor) -> Saved:
-        """Autograd saves a tensor."""
-        chunks: tuple[int, ...] = ()
-        if not self._running():  # an interrupt left these hooks behind
-            return Saved(tensor, chunks, None)
-        if tensor.device.type == "cpu" and tensor.numel():
-            chunks = self._find(tensor.data_ptr(), span_bytes(tensor))
-        return Saved(tensor, chunks, None if chunks else self._activations)
+    def chunks_of(self, tensor: Tensor) -> tuple[int, ...]:
+        """Chunks that a tensor lies in; empty when it is not ours to place."""
+        if tensor.device.type != "cpu" or not tensor.numel():
+            return ()
+        return self._find(tensor.data_ptr(), span_bytes(tensor))
 
-    def unpack(self, saved: Saved) -> Tensor:
+    def pack(self, tensor: Tensor) -> Packed:
+        """Autograd saves a tensor."""
+        if not self._running():  # an interrupt left these hooks behind
+            return Saved(tensor, (), None)
+        chunks = self.chunks_of(tensor)
+        if chunks:
+            return Saved(tensor, chunks, None, self.visit)
+        if self.visit is None:
+            return Saved(tensor, (), self._activations)
+        return self.visit.pack(tensor)
+
+    def unpack(self, packed: Packed) -> Tensor:
         """Autograd is about to use it."""
-        if saved.chunks:
-            self._need(saved.chunks)
-        return saved.check()
+        if packed.visit is not None:
+            packed.visit.enter_backward()
+        if packed.chunks:
+            self._need(packed.chunks)
+        return packed.check()
 
 
 def span_bytes(tensor: Tensor) -> int:

@@ -69,6 +69,8 @@ class Accumulator:
             raise OffloadError("accumulate(): this run is closed")
         if not isinstance(hooks, Hooks):
             self._decline("weights are computed with in frames (device or compute_dtype)")
+        if self._parts.means.setting != "keep":
+            self._decline(f'activations="{self._parts.means.setting}" is for one pass at a time')
         if self._declined or len(works) < 2 or not self._worth_it():
             return self._plain(works)
         assert isinstance(hooks, Hooks)

@@ -55,16 +55,18 @@ class Manager:
         prefetch: bool = True,
         adversary: int | None = None,
         max_grad_norm: float | None = None,
+        activations: str = "keep",
         step_in_backward: bool = False,
     ) -> Runtime:
-        """``offload.wrap`` with small chunks, poisoned frames and a made-up machine."""
+        """``offload.wrap`` with small chunks, poisoned frames, made-up rates, activations kept."""
         tuning = Tuning(
             chunk_bytes=CHUNK_BYTES, prefetch=prefetch, machine=MACHINE, poison=True,
             adversary=adversary, keep_hooks=True,
         )  # fmt: skip
         offload.wrap(
             model, optimizer, host_memory=host_bytes, disk=self.folder if disk else None,
-            max_grad_norm=max_grad_norm, step_in_backward=step_in_backward, tuning=tuning,
+            max_grad_norm=max_grad_norm, step_in_backward=step_in_backward,
+            activations=activations, tuning=tuning,
         )  # fmt: skip
         self.opened.append(model)
         return offload.runtime(model)

@@ -107,7 +107,7 @@ def choose_chunk_bytes(budget_bytes: int, copies: int) -> int:
     An update needs ``copies`` chunks at once (weight, gradient, states), and at least three such
     sets should fit in half the budget: one computing, one being read, one being written.
     """
-    limit = budget_bytes // (6 * copies)
+    limit = budget_bytes // (12 * copies)
     size = 32 * MIB
     while size > 16384 and size > limit:
         size //= 2

@@ -1,0 +1,141 @@
+"""What is known of a model's units, and the choice made from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from offload.engine import Engine
+from offload.prefetch.policy import Choice, Decision, Link, Room, Unit, Way, decide
+from offload.prefetch.trace import Phase, Trace
+from offload.rerun import Seen
+from offload.tiers.spec import Machine
+
+KEEP = Choice(Way.KEEP)
+
+
+@dataclass(slots=True)
+class Profile:
+    """One forward pass: its visits in order, and what else it held."""
+
+    elements: int  # of the model's input
+    base_bytes: int = 0  # other memory before the first unit
+    head_bytes: int = 0  # and what was saved after the last
+    seen: list[Seen] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        return [s.name for s in self.seen]
+
+
+class Traffic:
+    """How busy the disk was with chunks since the last look."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._since = self._now(0)
+
+    def _now(self, swapped_bytes: int) -> tuple[float, int, int, int]:
+        lanes = self._engine.space.lanes
+        moved = lanes["read"].meter.moved_bytes, lanes["write"].meter.moved_bytes
+        return time.perf_counter(), *moved, swapped_bytes
+
+    def busy_share(self, machine: Machine, swapped_bytes: int) -> float:
+        """Share of the time since the last call; ``swapped_bytes`` in all were no chunks."""
+        then, now = self._since, self._now(swapped_bytes)
+        self._since = now
+        seconds, read, written, swapped = (b - a for a, b in zip(then, now, strict=True))
+        busy_s = machine.disk_s(max(read - swapped / 2, 0), max(written - swapped / 2, 0))
+        return min(busy_s / max(seconds, 1e-9), 1.0)
+
+
+class Chooser:
+    """Learns from passes, decides once for each kind of pass that is larger or other than before.
+
+    ``units``: how many units the model has, for a guess at what nothing is known of.
+    ``machine`` None: there is nothing to swap to.
+    """
+
+    def __init__(self, engine: Engine, machine: Machine | None, staging_bytes: int) -> None:
+        self.profile = Profile(0)
+        self.decision: Decision | None = None
+        self._engine = engine
+        self._machine = machine
+        self._staging_bytes = staging_bytes
+        self._traffic = Traffic(engine)
+
+    def learn(self, profile: Profile) -> None:
+        """A forward pass is over. Its reruns may add to what is seen later."""
+        same = profile.names == self.profile.names
+        if same and self.decision is not None and profile.elements <= self.profile.elements:
+            return
+        self.profile = profile
+        self.decision = None
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the last pass that was learnt from, and the decision since, keep everything."""
+        choices = self.decision.choices if self.decision else tuple(self.profile.choices)
+        return all(c.way is Way.KEEP for c in (*choices, *self.profile.choices))
+
+    def choice(self, at: int, name: str) -> Choice | None:
+        """What was decided for this visit; None when nothing was."""
+        seen = self.profile.seen
+        if self.decision is None or at >= len(seen) or seen[at].name != name:
+            return None
+        return self.decision.choices[at]
+
+    def decide(self, trace: Trace, swapped_bytes: int) -> bool:
+        """Decide if that is due; True when units are to do otherwise than in the trace."""
+        busy = self._traffic.busy_share(self._machine, swapped_bytes) if self._machine else 0.0
+        profile = self.profile
+        if self.decision is not None or not profile.seen:
+            return False
+        if any(s.saved_bytes is None for s in profile.seen):
+            return False  # nothing was run backward
+        units = [
+            Unit(s.forward_s, s.saved_bytes or 0, s.boundary_bytes, s.recomputable)
+            for s in profile.seen
+        ]
+        self.decision = decide(units, self._room(trace, units), self._link(busy))
+        return list(self.decision.choices) != profile.choices
+
+    def _room(self, trace: Trace, units: Sequence[Unit]) -> Room:
+        """What the recorded step leaves to units: the rest is chunks, gradients, the head."""
+        engine, profile = self._engine, self.profile
+        capacity_bytes = engine.ledger.capacity_bytes
+        moments = [m for m in trace.moments if m.phase is not Phase.UPDATE]
+        homed = engine.space.disk is not None
+        needs_bytes = max(
+            (sum(trace.chunk_bytes[n.chunk] for n in m.needs) for m in moments), default=0
+        )
+        working_bytes = profile.base_bytes + 2 * engine.largest_gradient_bytes + (
+            needs_bytes + self._staging_bytes if homed else 0
+        )  # fmt: skip
+        forward = [m.other_bytes for m in moments if m.phase is Phase.FORWARD]
+        held_bytes = sum(u.boundary_bytes for u in units) + sum(
+            u.saved_bytes for u, c in zip(units, profile.choices, strict=True) if c.way is Way.KEEP
+        )
+        # What appeared for a while (logits in another type, a product before its activation).
+        transient_bytes = max(forward, default=0) - held_bytes - profile.base_bytes
+        chunks_bytes = sum(c.size_bytes for c in engine.space.chunks) if homed else 0
+        disk_s = 1 / self._machine.read_bytes_per_s + 1 / self._machine.write_bytes_per_s if (
+            self._machine
+        ) else 0.0  # fmt: skip
+        return Room(
+            capacity_bytes - working_bytes,
+            max(profile.head_bytes, transient_bytes),
+            max(capacity_bytes - working_bytes - chunks_bytes, 0),
+            disk_s,  # in full: on a CPU what moves chunks is taken from what computes
+        )
+
+    def _link(self, busy: float) -> Link | None:
+        machine = self._machine
+        if machine is None:
+            return None
+        return Link(
+            machine.write_bytes_per_s, machine.read_bytes_per_s, 1.0 - busy,
+            machine.copy_bytes_per_s,
+        )  # fmt: skip

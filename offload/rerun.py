@@ -1,0 +1,233 @@
+"""Run a unit's forward once more in the backward pass, for what it saved (Chen et al. 2016).
+
+As non-reentrant checkpointing does it: the hooks on saved tensors let everything go but weights,
+and the first of them that autograd asks for runs the forward again, under the random state,
+autocast settings and buffers of the first time, until the last that is still wanted is there.
+Modules of the user are not changed. Random numbers of numpy are not restored.
+"""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from offload.errors import OffloadError
+from offload.frozen import freeze, thaw
+from offload.saved import STALE, Activations, Saved, Visitor
+
+
+class _Enough(BaseException):
+    """All that is wanted is there. Not an Exception: the user's forward must not catch it."""
+
+
+class Dropped:
+    """What autograd holds in place of a tensor that a rerun can make again."""
+
+    __slots__ = ("__weakref__", "chunks", "dtype", "index", "rerun", "shape", "visit")
+
+    def __init__(self, rerun: Rerun, tensor: Tensor, visit: Visitor | None) -> None:
+        self.chunks: tuple[int, ...] = ()
+        self.visit = visit
+        self.rerun = rerun
+        self.index = rerun.note(self)
+        self.shape = tensor.shape
+        self.dtype = tensor.dtype
+
+    def __del__(self) -> None:
+        self.rerun.forget(self.index)
+
+    def check(self) -> Tensor:
+        """The tensor, made again where it is not there."""
+        return self.rerun.get(self.index)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What was measured of one run of a unit. ``saved_bytes`` None: not known yet."""
+
+    name: str
+    forward_s: float = 0.0
+    saved_bytes: int | None = None
+    boundary_bytes: int = 0
+    recomputable: bool = True
+
+
+@dataclass(slots=True)
+class _Input:
+    """An argument that is a tensor: held, and handed to the rerun as a leaf."""
+
+    saved: Saved
+    requires_grad: bool
+
+    def again(self) -> Tensor:
+        return self.saved.check().detach().requires_grad_(self.requires_grad)
+
+
+class Around:
+    """What a forward pass reads beside its arguments: random state, autocast, buffers, weights."""
+
+    def __init__(self, unit: nn.Module) -> None:
+        self._rng = torch.get_rng_state()
+        self._random = random.getstate()
+        self._autocast = (
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+            torch.is_autocast_cache_enabled(),
+        )
+        # By value: batch norm writes its statistics without counting a version.
+        self._buffers = [(b, b.detach().clone()) for b in unit.buffers()]
+        self._weights = [(p, p._version) for p in unit.parameters()]
+        self._lent = frozenset(b.untyped_storage().data_ptr() for b in unit.buffers())
+
+    def lends(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in a buffer, whose value is another when the rerun is over."""
+        return tensor.untyped_storage().data_ptr() in self._lent
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """The same for a while. Raises as torch does when a weight was written to since."""
+        for param, then in self._weights:
+            if param._version != then:
+                raise RuntimeError(
+                    STALE.format(shape=list(param.shape), now=param._version, then=then)
+                )
+        rng, python = torch.get_rng_state(), random.getstate()
+        present = [(b, b.detach().clone()) for b, _ in self._buffers]
+        enabled, dtype, cache = self._autocast
+        try:
+            _put(self._buffers)
+            torch.set_rng_state(self._rng)
+            random.setstate(self._random)
+            with (
+                torch.enable_grad(),
+                torch.autocast("cpu", dtype=dtype, enabled=enabled, cache_enabled=cache),
+            ):
+                yield
+        finally:
+            torch.set_rng_state(rng)
+            random.setstate(python)
+            _put(present)
+
+
+def _put(values: list[tuple[Tensor, Tensor]]) -> None:
+    """Give buffers these values; those that have them are not written to."""
+    with torch.no_grad():
+        for buffer, value in values:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+class Rerun:
+    """One visit of a unit whose forward can run again.
+
+    ``chunks_of`` tells weights, which are never dropped; ``enter`` fetches those that the unit
+    itself owns, as its own hook would.
+    """
+
+    def __init__(
+        self, unit: nn.Module, seen: Seen, arguments: object, activations: Activations,
+        chunks_of: Callable[[Tensor], tuple[int, ...]], enter: Callable[[nn.Module], None],
+    ) -> None:  # fmt: skip
+        self._unit = unit
+        self._seen = seen
+        self._activations = activations
+        self._chunks_of = chunks_of
+        self._enter = enter
+        leaves, self._spec = tree_flatten(arguments)
+        self._leaves = [self._hold(x) for x in leaves]
+        self._around = Around(unit)
+        self._dropped: list[weakref.ref[Dropped]] = []
+        self._made: dict[int, Saved] = {}
+
+    def _hold(self, x: object) -> object:
+        if not isinstance(x, Tensor):
+            return freeze(x)
+        chunks = self._chunks_of(x)
+        return _Input(Saved(x, chunks, None if chunks else self._activations), x.requires_grad)
+
+    def note(self, dropped: Dropped) -> int:
+        """One more tensor is dropped; its place in the order."""
+        self._dropped.append(weakref.ref(dropped))
+        return len(self._dropped) - 1
+
+    def forget(self, index: int) -> None:
+        """Autograd has let go of it."""
+        self._made.pop(index, None)
+
+    def clear(self) -> None:
+        """Let go of what was made and not used: backward has gone on to another unit."""
+        self._made.clear()
+
+    def get(self, index: int) -> Tensor:
+        """A dropped tensor; its debit ends here, a node uses it only briefly."""
+        if index not in self._made:
+            self._run()
+        tensor = self._made.pop(index).tensor
+        assert tensor is not None
+        return tensor
+
+    def _made_bytes(self) -> int:
+        """What the tensors that are there hold beyond the unit's inputs."""
+        inputs = {
+            x.saved.check().untyped_storage().data_ptr()
+            for x in self._leaves
+            if isinstance(x, _Input)
+        }
+        sizes = {}
+        for saved in self._made.values():
+            if saved.tensor is not None:
+                storage = saved.tensor.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+        return sum(size for at, size in sizes.items() if at not in inputs)
+
+    def _run(self) -> None:
+        wanted = {i for i, ref in enumerate(self._dropped) if ref() is not None}
+        last, seen = max(wanted), 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal seen
+            if not self._chunks_of(tensor):
+                if seen in wanted:
+                    self._keep(seen, tensor)
+                if seen == last:
+                    raise _Enough
+                seen += 1
+            return tensor.detach()
+
+        args, kwargs = tree_unflatten(
+            [x.again() if isinstance(x, _Input) else thaw(x) for x in self._leaves], self._spec
+        )
+        with self._around.again(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            try:
+                self._enter(self._unit)
+                self._unit.forward(*args, **kwargs)
+            except _Enough:
+                if self._seen.saved_bytes is None:
+                    self._seen.saved_bytes = self._made_bytes()
+                return
+        raise self._differs(f"saved {seen} tensors, not {len(self._dropped)}")
+
+    def _keep(self, index: int, tensor: Tensor) -> None:
+        dropped = self._dropped[index]()
+        if dropped is None:
+            return
+        if tensor.shape != dropped.shape or tensor.dtype != dropped.dtype:
+            raise self._differs(
+                f"saved a tensor of shape {list(tensor.shape)} and {tensor.dtype} where it had "
+                f"saved one of shape {list(dropped.shape)} and {dropped.dtype}"
+            )
+        own = tensor.clone() if self._around.lends(tensor) else tensor
+        self._made[index] = Saved(own, (), self._activations)
+
+    def _differs(self, how: str) -> OffloadError:
+        return OffloadError(
+            f"{self._seen.name}: its forward pass, run again for the backward pass, {how}. It "
+            'depends on more than its arguments; give offload.wrap activations="keep" or "swap"'
+        )
