@@ -46,6 +46,7 @@ class Track:
     replayed_s: list[float] = field(default_factory=list)
     replayed_bytes: dict[str, list[int]] = field(default_factory=lambda: {"read": [], "write": []})
     fits: bool = False
+    beside: Trace | None = None  # a replayed step, to be compared with the next
 
     @property
     def mode(self) -> Mode:
@@ -144,12 +145,14 @@ class Steps:
                 track.trace, track.stale = trace, True
         elif len(track.replayed_s) == 1:
             # The first step also pays for lazy initialisation; the second tells the truth.
-            moments = tuple(
-                replace(n, compute_s=min(m.compute_s, n.compute_s),
-                        other_bytes=max(m.other_bytes, n.other_bytes))
-                for m, n in zip(old.moments, trace.moments, strict=True)
-            )  # fmt: skip
-            track.trace, track.stale = replace(old, moments=moments), True
+            track.trace, track.stale = _merged(old, trace), True
+        elif len(track.replayed_s) == 2:
+            track.beside = trace
+        elif len(track.replayed_s) == 3 and track.beside is not None:
+            # Compute and transfers share cores and DRAM: what a moment takes beside the planned
+            # transfers is what counts from now on (the joint rate of promise P4).
+            track.trace, track.stale = _merged(track.beside, trace), True
+            track.beside = None
 
     def _make_plan(self, kind: Kind) -> None:
         track = self.tracks[kind]
@@ -172,3 +175,13 @@ class Steps:
         chunks = self._engine.space.chunks
         all_bytes = sum(c.size_bytes for c in chunks if c.offset >= 0)
         return all_bytes + other_bytes <= self._engine.ledger.capacity_bytes
+
+
+def _merged(a: Trace, b: Trace) -> Trace:
+    """Two steps of the same moments as one: the lesser times, the greater memory."""
+    moments = tuple(
+        replace(n, compute_s=min(m.compute_s, n.compute_s),
+                other_bytes=max(m.other_bytes, n.other_bytes))
+        for m, n in zip(a.moments, b.moments, strict=True)
+    )  # fmt: skip
+    return replace(b, moments=moments)
