@@ -182,7 +182,7 @@ def held(run: Runtime) -> tuple[int, int]:
     gc.collect()  # an exception's frames hold the graph
     activations = run.parts.hooks
     assert isinstance(activations, Hooks)
-    activations._pass.in_flight.clear()
+    activations._grads.nothing_in_flight()
     found = activations.activations._area
     while found is not None and found.relieve():
         pass
