@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from offload.errors import BudgetError, OffloadError
+from offload.prefetch.trace import Phase
 from offload.run import Runtime
+from offload.steps import Kind
 from offload.tiers.spec import KIB, MIB
 from tests.conftest import ZOO, adamw, copied
 
@@ -174,39 +177,33 @@ def fit(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return cross_entropy(model(batch[0]), batch[1])
 
 
-def moved_bytes(manage: Manager, count: int, accumulate: bool) -> float:
-    """Bytes that a planned step reads and writes."""
+def visits(manage: Manager, count: int, accumulate: bool) -> int:
+    """How often the passes of a step turn to other weights: each time may be a read."""
     model = deep()
     optimizer = adamw(list(model.parameters()))
     run = manage(model, optimizer, host_bytes=1 * MIB)
-    for step in range(7):
+    for step in range(4):
         if accumulate:
             run.accumulate(rows(count, step), fit)
         else:
             plain_loop(model, rows(count, step), fit)
         optimizer.step()
         optimizer.zero_grad()
-    read, write = (run.parts.steps.tracks[_train()].replayed_bytes[k][-1] for k in _LANES)
+    trace = run.parts.steps.tracks[Kind.TRAIN].trace
+    weights = {c for h in run.parts.binding.homes.values() for c in h.weight_chunks}
     run.close()
-    return read + write
+    assert trace is not None
+    passes = [m for m in trace.moments if m.phase is not Phase.UPDATE]
+    asked = [tuple(n.chunk for n in m.needs if n.chunk in weights) for m in passes]
+    asked = [chunks for chunks in asked if chunks]
+    return 1 + sum(a != b for a, b in pairwise(asked))
 
 
-_LANES = ("read", "write")
-
-
-def _train() -> Any:
-    from offload.steps import Kind
-
-    return Kind.TRAIN
-
-
-@pytest.mark.xfail(
-    strict=False, reason="not settled: 1.02 to 1.55 x, as measured times make the plan choose"
-)
-def test_eight_micro_batches_move_what_one_moves(manage: Manager) -> None:
-    one = moved_bytes(manage, 1, accumulate=False)
-    assert moved_bytes(manage, 8, accumulate=True) <= 1.1 * one
-    assert moved_bytes(manage, 8, accumulate=False) > 2 * one
+def test_eight_micro_batches_visit_weights_as_one_does(manage: Manager) -> None:
+    """Bytes follow, but also from what else the planner does with the time: bench/accumulate.py."""
+    one = visits(manage, 1, accumulate=False)
+    assert visits(manage, 8, accumulate=True) <= 1.1 * one
+    assert visits(manage, 8, accumulate=False) > 6 * one
 
 
 class UserError(Exception):
