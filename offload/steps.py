@@ -151,7 +151,7 @@ class Steps:
         elif len(track.replayed_s) == 3 and track.beside is not None:
             # Compute and transfers share cores and DRAM: what a moment takes beside the planned
             # transfers is what counts from now on (the joint rate of promise P4).
-            track.trace, track.stale = _merged(track.beside, trace), True
+            track.trace, track.stale = _retimed(old, _merged(track.beside, trace)), True
             track.beside = None
 
     def _make_plan(self, kind: Kind) -> None:
@@ -185,3 +185,12 @@ def _merged(a: Trace, b: Trace) -> Trace:
         for m, n in zip(a.moments, b.moments, strict=True)
     )  # fmt: skip
     return replace(b, moments=moments)
+
+
+def _retimed(old: Trace, now: Trace) -> Trace:
+    """A trace with the times of another, and the memory of whichever saw more."""
+    moments = tuple(
+        replace(m, compute_s=n.compute_s, other_bytes=max(m.other_bytes, n.other_bytes))
+        for m, n in zip(old.moments, now.moments, strict=True)
+    )
+    return replace(old, moments=moments)

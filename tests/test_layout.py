@@ -96,10 +96,10 @@ def test_odd_chunk_sizes_are_refused(chunk: int) -> None:
 
 
 @given(st.integers(1, 2**40), st.integers(2, 6))
-def test_chosen_chunk_leaves_room_for_three_sets(budget: int, copies: int) -> None:
+def test_chosen_chunk_leaves_room_for_six_sets(budget: int, copies: int) -> None:
     size = choose_chunk_bytes(budget, copies)
     assert 16 * KIB <= size <= 32 * MIB
     assert size & (size - 1) == 0
-    assert size == 16 * KIB or 3 * copies * size <= budget / 2
+    assert size == 16 * KIB or 6 * copies * size <= budget / 2
     if size < 32 * MIB:  # and no smaller than it must be
-        assert 3 * copies * (2 * size) > budget / 2
+        assert 6 * copies * (2 * size) > budget / 2
