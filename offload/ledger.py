@@ -6,7 +6,7 @@ from offload.tiers import vm
 from offload.tiers.frames import FramePool
 from offload.tiers.spec import MIB
 
-TRIM_BYTES = 16 * MIB  # what malloc may keep beyond the budget before it is asked to let go
+TRIM_BYTES = 16 * MIB  # freed memory that malloc may keep before it is asked to let go
 
 
 class Ledger:
@@ -20,7 +20,7 @@ class Ledger:
         self.peak_bytes = 0
         self.peak_other_bytes = 0
         self._pool = pool
-        self._slack_bytes = 0  # freed, but likely still with malloc: what is taken next reuses it
+        self._freed_bytes = 0
 
     @property
     def used_bytes(self) -> int:
@@ -51,7 +51,6 @@ class Ledger:
         """Debit memory that is not chunks. There must be room."""
         self._trim(size_bytes)
         self.other_bytes += size_bytes
-        self._slack_bytes = max(self._slack_bytes - size_bytes, 0)
         self.held_bytes = max(self.held_bytes - size_bytes, 0)
         self.peak_other_bytes = max(self.peak_other_bytes, self.other_bytes)
         self.see()
@@ -59,20 +58,14 @@ class Ledger:
     def give_other(self, size_bytes: int) -> None:
         """Credit it back, and see that the system gets it too."""
         self.other_bytes -= size_bytes
-        self._slack_bytes += size_bytes
-        self._return_slack()
+        self._freed_bytes += size_bytes
+        if self._freed_bytes >= TRIM_BYTES:
+            self._freed_bytes = 0
+            vm.return_freed_memory()
 
     def see(self) -> None:
         """Note the present use for the peak."""
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-        self._return_slack()
-
-    def _return_slack(self) -> None:
-        """Trimming costs milliseconds and the pages come back zeroed: only for room in need."""
-        over_bytes = self.used_bytes + self._slack_bytes - self.budget_bytes
-        if over_bytes > TRIM_BYTES and self._slack_bytes > TRIM_BYTES:
-            self._slack_bytes = 0
-            vm.return_freed_memory()
 
     def _trim(self, size_bytes: int, sparing: int = 0) -> None:
         over_bytes = self.used_bytes + size_bytes - self.budget_bytes
