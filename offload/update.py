@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from offload.bind import Binding, Family
 from offload.engine import Engine
 from offload.optim.mirror import OptimizerProfile
+from offload.optim.mixed import Mixed
 from offload.optim.state import Segment, UpdateGroup
 from offload.prefetch.trace import Access, Need, Phase
 from offload.tiers import vm
@@ -28,6 +29,8 @@ class UpdateStore:
         self, engine: Engine, binding: Binding, profile: OptimizerProfile, optimizer: Optimizer
     ) -> None:
         self.phase = Phase.UPDATE
+        # Gradients come home in their weights' dtype, and copies do not outlive an update.
+        self.mixed: Mixed | None = None
         self._optimizer = optimizer
         self._engine = engine
         self._binding = binding

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from offload.errors import OffloadError
 from offload.optim.groups import own_copy, same
+from offload.optim.mixed import Workspace
 from offload.optim.narrow import Kept
 from offload.optim.state import Segment, StateHomes
 
@@ -63,7 +64,8 @@ class Sizes:
 class Source:
     """One segment with everything its pieces are views of. ``flats`` is None for a whole step.
 
-    ``step``: how many steps its group has taken with narrowed state.
+    ``converts``: the optimizer sees ``grad`` in the parameter's dtype. ``step``: how many steps its
+    group has taken with narrowed state.
     """
 
     segment: Segment
@@ -75,6 +77,7 @@ class Source:
     flats: dict[str, Tensor] | None = None  # per-element state, flattened
     kept: dict[str, Kept] = field(default_factory=dict)  # state that is stored narrow
     step: int = 0
+    converts: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -87,18 +90,24 @@ class Piece:
     tensor: Tensor = field(init=False)
     state: dict[str, Any] = field(init=False)
 
-    def prepare(self, coefficient: Tensor | None) -> None:
-        """Make the tensor, its gradient (times ``coefficient``) and its state: views, no copies."""
+    def prepare(self, coefficient: Tensor | None, workspace: Workspace) -> None:
+        """Make the tensor, its gradient (times ``coefficient``) and its state.
+
+        Views, no copies, but for a gradient of another dtype: that one is in the workspace.
+        """
         source, param = self.source, self.source.segment.param
         if source.flats is None:
             self.state = dict(source.entries)
             self.tensor = param
-            if coefficient is not None:
+            if coefficient is not None or source.converts or source.grad is not param.grad:
+                grad = source.grad.to(param.dtype) if source.converts else source.grad
                 self.tensor = param.detach()
-                self.tensor.grad = source.grad * coefficient
+                self.tensor.grad = grad if coefficient is None else grad * coefficient
             return
         where = slice(self.start, self.stop)
         grad = source.grad[where]
+        if source.converts:
+            grad = workspace.convert(grad, param.dtype)
         # A detached view shares the parameter's version counter, unlike `.data`.
         self.tensor = param.detach().view(-1)[where]
         self.tensor.grad = grad if coefficient is None else grad * coefficient
@@ -109,7 +118,12 @@ class Piece:
 
 
 def check_grad(param: nn.Parameter, grad: Tensor) -> None:
-    """Raise OffloadError for a gradient that has no dense home."""
+    """Raise OffloadError for a gradient that has no dense home or is of another shape."""
+    if grad.shape != param.shape:
+        raise OffloadError(
+            f"the gradient of a parameter of shape {tuple(param.shape)} has shape "
+            f"{tuple(grad.shape)}"
+        )
     if grad.layout != torch.strided:
         raise OffloadError(
             f"the gradient of a parameter of shape {tuple(param.shape)} is {grad.layout}; only "
@@ -121,12 +135,15 @@ def flatten(source: Source) -> None:
     """Let the source be cut, unless it is stepped whole: then nothing needs a view or a copy.
 
     Whole are scalars and empty tensors, what fits one piece, and what has no flat view. What has
-    narrowed state, which is contiguous and elementwise, is always cut.
+    narrowed state, which is contiguous and elementwise, is always cut; so is a gradient that is
+    converted, where possible: a whole state may be what the optimizer made of the gradient's own
+    memory, which is used again.
     """
     segment, param = source.segment, source.segment.param
     if (segment.start, segment.stop) == (0, param.numel()):
         piece_elements = source.sizes.piece_elements
-        fits = piece_elements is None or param.numel() <= piece_elements or param.dim() == 0
+        whole = piece_elements is None or param.dim() == 0 or param.numel() == 0
+        fits = whole or (not source.converts and param.numel() <= (piece_elements or 0))
         plain = param.is_contiguous() and source.grad.is_contiguous()
         if not source.kept and (fits or not plain):
             return

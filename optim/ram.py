@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offload.optim.mirror import OptimizerProfile
+from offload.optim.mixed import Mixed
 from offload.optim.pieces import align_elements
 from offload.optim.state import Segment, UpdateGroup
 from offload.tiers.spec import MIB, round_up
@@ -22,8 +23,10 @@ class RamStore:
     """Groups of at most ``group_elements`` elements; state homes are slices of large slabs."""
 
     def __init__(
-        self, optimizer: Optimizer, profile: OptimizerProfile, group_elements: int = 1 << 24
-    ) -> None:
+        self, optimizer: Optimizer, profile: OptimizerProfile, group_elements: int = 1 << 24,
+        mixed: Mixed | None = None,
+    ) -> None:  # fmt: skip
+        self.mixed = mixed
         self._optimizer = optimizer
         self._profile = profile
         self._group_elements = group_elements

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offload.errors import OffloadError
+from offload.optim.mixed import Mixed
 from offload.optim.narrow import Kept, Narrowing
 
 
@@ -41,6 +42,11 @@ class UpdateGroup:
 
 class Store(Protocol):
     """The owner of weights, gradients and optimizer state, as the update sees it."""
+
+    @property
+    def mixed(self) -> Mixed | None:
+        """Gradients, or copies of the weights, in another dtype. None: ``.grad``, no copies."""
+        ...
 
     def groups(self) -> Sequence[UpdateGroup]:
         """Every parameter of the optimizer, each element once, in the order of the update."""

@@ -23,6 +23,7 @@ from offload.optim.clip import GradNorms
 from offload.optim.codecs import BLOCK_ELEMENTS
 from offload.optim.groups import GroupLedger, raw_step
 from offload.optim.mirror import OptimizerProfile
+from offload.optim.mixed import Workspace
 from offload.optim.narrow import (
     COUNTER,
     Narrowing,
@@ -91,8 +92,10 @@ class ChunkedStep:
 
         With ``clip`` the gradients are scaled on their way through the update and stay as they
         are in ``p.grad``. Raises ValueError for a piece size that is not a multiple of 64; of
-        256, where state is narrowed.
+        256, where state is narrowed; for ``clip`` over a store with gradients of its own.
         """
+        if clip is not None and store.mixed is not None:
+            raise ValueError("clip takes norms of p.grad: whoever keeps other gradients clips them")
         unit = BLOCK_ELEMENTS if narrowing else 4 * ALIGN_ELEMENTS
         if piece_elements <= 0 or piece_elements % unit:
             raise ValueError(f"piece_elements must be a multiple of {unit}, got {piece_elements}")
@@ -101,7 +104,7 @@ class ChunkedStep:
         self._profile = profile
         self._store = store
         self._clip = clip
-        self._piece_elements = piece_elements
+        self._workspace = Workspace(piece_elements, PIECES_WITH_COPIES)
         self._homes = StateHomes(optimizer, store, narrowing or Narrowing())
         self._open: tuple[GroupLedger, Optimizer] | None = None
         self._ahead: _Run | None = None  # a step that was begun before it was asked for
@@ -141,7 +144,7 @@ class ChunkedStep:
         if self._ahead is None:
             self._homes.adopt()
             self._ahead = self._new_run(None)
-        with_grad = [s.param for s in group.segments if s.param.grad is not None]
+        with_grad = [s.param for s in group.segments if self._gradient(s.param) is not None]
         self._run_group(group, self._ahead)
         self._ahead.done.update((group.index, p) for p in with_grad)
 
@@ -241,7 +244,7 @@ class ChunkedStep:
 
     def _source(self, segment: Segment, run: _Run) -> Source | None:
         """What there is to step in a resident segment; None without a gradient."""
-        param, grad = segment.param, segment.param.grad
+        param, grad = segment.param, self._gradient(segment.param)
         index = run.group_of.get(param)
         if index is None or grad is None:
             return None
@@ -256,8 +259,9 @@ class ChunkedStep:
         if not known.elementwise:
             sizes = Sizes(None, sizes.call_elements)
         source = Source(segment, index, grad, entries, sizes, known.element_names)
+        source.converts = self._store.mixed is not None and grad.dtype != param.dtype
         if narrow:  # one piece a call: what it is widened into stays in the cache and is reused
-            source.sizes = Sizes(self._piece_elements, self._piece_elements)
+            source.sizes = Sizes(*[self._workspace.piece_elements] * 2)
             source.step = options.get(COUNTER, 0)
             source.kept = self.narrowing.kept(param, entries, source.step)
             source.entries = self.narrowing.others(source.kept, entries)
@@ -269,37 +273,49 @@ class ChunkedStep:
 
         A fused kernel sweeps once and an accelerator has no such cache, so cutting buys them
         nothing. A foreach optimizer sweeps over all tensors of a call before the next
-        operation: one piece a call. Copies (see PIECES_WITH_COPIES) bound all of them.
+        operation: one piece a call. Copies (see PIECES_WITH_COPIES) bound all of them, and what
+        is converted before and after the kernel's sweep (see `mixed`) has to be in the cache.
         """
-        piece_elements, foreach = self._piece_elements, bool(group.get("foreach"))
-        if copies:
-            return Sizes(piece_elements, piece_elements * (1 if foreach else PIECES_WITH_COPIES))
-        if group.get("fused") or not grad.is_cpu:
+        piece_elements, foreach = self._workspace.piece_elements, bool(group.get("foreach"))
+        fused = bool(group.get("fused"))
+        if copies or (self._store.mixed is not None and grad.is_cpu):
+            limit = piece_elements * (1 if foreach else PIECES_WITH_COPIES)
+            return Sizes(limit if fused else piece_elements, limit)
+        if fused or not grad.is_cpu:
             return Sizes(None, None)
         return Sizes(piece_elements, piece_elements if foreach else None)
 
     def _step_batch(self, batch: list[Piece], run: _Run) -> None:
         """One call of the user's own step over a few pieces."""
         params: dict[int, list[Tensor]] = {}
+        self._workspace.clear()
         for piece in batch:
-            piece.prepare(run.coefficient)
+            piece.prepare(run.coefficient, self._workspace)
             params.setdefault(piece.source.group, []).append(piece.tensor)
         if not params:
             return
-        twin = run.ledger.open(params, {piece.tensor: piece.state for piece in batch})
+        # Copied: a step may put another tensor in its place, which has to be seen.
+        twin = run.ledger.open(params, {piece.tensor: dict(piece.state) for piece in batch})
         raw_step(type(twin))(twin)
         run.ledger.close(twin, params)
         for piece in batch:
             param = piece.source.segment.param
+            if self._store.mixed is not None:
+                self._store.mixed.stepped(param, piece.start, piece.tensor)
             if param not in run.merges:
                 run.merges[param] = StateMerge(param, self._homes)
             if run.merges[param].absorb(piece, twin.state.get(piece.tensor, {})):
                 run.merges[param].commit(self._optimizer.state)
 
-    @staticmethod
-    def _check_cover(groups: Sequence[UpdateGroup], group_of: dict[nn.Parameter, int]) -> None:
+    def _gradient(self, param: nn.Parameter) -> Tensor | None:
+        mixed = self._store.mixed
+        return param.grad if mixed is None else mixed.gradient(param)
+
+    def _check_cover(
+        self, groups: Sequence[UpdateGroup], group_of: dict[nn.Parameter, int]
+    ) -> None:
         """Raise OffloadError where a parameter would be updated in part, twice or not at all."""
-        covered = {p: 0 for p in group_of if p.grad is not None}
+        covered = {p: 0 for p in group_of if self._gradient(p) is not None}
         for group in groups:
             for segment in group.segments:
                 if segment.param in covered:
