@@ -178,7 +178,7 @@ def main() -> None:
         )
     mixed = measure_mixed(args)
     print(
-        f"bf16 gradients in, bf16 copy out, fused: {mixed['chunked_mparams_per_s']:.0f} M params/s, "
+        f"bf16 gradients in, bf16 copy out: {mixed['chunked_mparams_per_s']:.0f} M params/s, "
         f"{mixed['over_sequence']:.2f} x g.float(), step, copy; "
         f"{mixed['over_sequence_in_kept_memory']:.2f} x the same into kept memory; "
         f"bits {'same' if mixed['same_bits'] else 'DIFFER'}"

@@ -71,6 +71,8 @@ def same(a: object, b: object) -> bool:
 
 def own_copy(value: Any) -> Any:
     """A value that can be changed in place without changing the original."""
+    if value is None or isinstance(value, float | int):  # most are; the rest asks for longer
+        return value
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, list | dict | set):
@@ -124,9 +126,11 @@ class GroupLedger:
             self._agree("attributes", {name: before}, {name: value})
 
     def _agree(self, where: str, first: dict[str, Any], now: dict[str, Any]) -> None:
+        if first is now:
+            return
         for name in first.keys() | now.keys():
             a, b = first.get(name), now.get(name)
-            if not same(a, b):
+            if a is not b and not same(a, b):
                 raise coupled(
                     self._optimizer,
                     f"{where} {name!r} ends a step as {a!r} over some of the parameters and as "

@@ -104,7 +104,7 @@ class ChunkedStep:
         self._profile = profile
         self._store = store
         self._clip = clip
-        self._workspace = Workspace(piece_elements, PIECES_WITH_COPIES)
+        self._workspace = Workspace(piece_elements, PIECES_WITH_COPIES + 1)
         self._homes = StateHomes(optimizer, store, narrowing or Narrowing())
         self._open: tuple[GroupLedger, Optimizer] | None = None
         self._ahead: _Run | None = None  # a step that was begun before it was asked for
@@ -280,7 +280,8 @@ class ChunkedStep:
         fused = bool(group.get("fused"))
         if copies or (self._store.mixed is not None and grad.is_cpu):
             limit = piece_elements * (1 if foreach else PIECES_WITH_COPIES)
-            return Sizes(limit if fused else piece_elements, limit)
+            # A little more, so that a bias is no call of its own between two long weights.
+            return Sizes(limit if fused else piece_elements, limit + piece_elements // 2)
         if fused or not grad.is_cpu:
             return Sizes(None, None)
         return Sizes(piece_elements, piece_elements if foreach else None)

@@ -58,7 +58,7 @@ class Sides:
             narrow = (torch.randn(p.shape, generator=generator) * 10.0 ** (i % 3 - 2)).to(
                 self.dtype
             )
-            p.grad = None if i == skip else narrow.float()
+            p.grad = None if i == skip else narrow.float().clone()
             if i != skip:
                 self.gradients[q] = narrow
 
@@ -118,22 +118,23 @@ def test_gradients_in_grad_itself_are_used_where_none_is_given() -> None:
     sides.check()
 
 
-def test_state_made_of_the_gradient_itself_is_kept() -> None:
-    """The memory of a converted gradient is used again for the next piece."""
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_state_that_is_another_tensor_after_each_step(dtype: torch.dtype) -> None:
+    """The gradient itself: the memory of a converted one is used again for the next piece."""
 
     class Keeper(Optimizer):
         def __init__(self, params: list[nn.Parameter]) -> None:
             super().__init__(params, {"lr": 0.1})
 
         @torch.no_grad()
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> Any:
             for p in self.param_groups[0]["params"]:
                 if p.grad is not None:
                     if "last" in self.state[p]:
                         p.sub_(self.state[p]["last"], alpha=0.1)
                     self.state[p]["last"] = p.grad
 
-    sides = Sides(lambda p: Keeper(p), BF16)
+    sides = Sides(lambda p: Keeper(p), dtype)
     sides.install()
     for step in range(3):
         sides.fill(step)
