@@ -31,6 +31,13 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 }
 
 
+class Homeless(RamStore):
+    """State stays where the optimizer made it."""
+
+    def home_of_state(self, *args: Any) -> None:
+        return None
+
+
 class Sides:
     """The same weights twice: for the sequence over whole tensors, and in pieces."""
 
@@ -46,9 +53,9 @@ class Sides:
         self.dtype = dtype
         self.plain, self.mixed = make(self.a), make(self.b)
 
-    def install(self, **options: Any) -> ChunkedStep:
+    def install(self, kind: type[RamStore] = RamStore, **options: Any) -> ChunkedStep:
         known = profile(self.mixed)
-        store = RamStore(self.mixed, known, GROUP, MixedTensors(self.gradients, self.copies))
+        store = kind(self.mixed, known, GROUP, MixedTensors(self.gradients, self.copies))
         return ChunkedStep(self.mixed, known, store, piece_elements=PIECE, **options)
 
     def fill(self, step: int, skip: int | None = None) -> None:
@@ -118,8 +125,11 @@ def test_gradients_in_grad_itself_are_used_where_none_is_given() -> None:
     sides.check()
 
 
+@pytest.mark.parametrize("kind", [RamStore, Homeless])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
-def test_state_that_is_another_tensor_after_each_step(dtype: torch.dtype) -> None:
+def test_state_that_is_another_tensor_after_each_step(
+    dtype: torch.dtype, kind: type[RamStore]
+) -> None:
     """The gradient itself: the memory of a converted one is used again for the next piece."""
 
     class Keeper(Optimizer):
@@ -135,7 +145,7 @@ def test_state_that_is_another_tensor_after_each_step(dtype: torch.dtype) -> Non
                     self.state[p]["last"] = p.grad
 
     sides = Sides(lambda p: Keeper(p), dtype)
-    sides.install()
+    sides.install(kind)
     for step in range(3):
         sides.fill(step)
         sides.plain.step()
