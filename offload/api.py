@@ -18,6 +18,7 @@ from offload.bind import Binding, Family, build_family, family_keys, refuse_odd_
 from offload.config import Given, Size, Tuning, understand, with_activations
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError, SpillError
+from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
 from offload.homing import adopt_parameter
 from offload.ledger import Ledger
 from offload.optim.learn import learn
@@ -264,9 +265,10 @@ def _build(
         raise SpillError(str(error.strerror)) from error
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     fixed = space.fixed_bytes + buffers + _plain_state_bytes(learnt, narrowing, families)
-    ledger = Ledger(given.budget.host_bytes, pool, fixed)
-    if ledger.capacity_bytes < 0:
+    if given.budget.host_bytes < fixed:
         raise _too_small(given, fixed, "weights, gradients and optimizer state")
+    kept_bytes = kept_bytes_for(given.budget.host_bytes) if disk is not None else FREE_KEPT_BYTES
+    ledger = Ledger(given.budget.host_bytes, pool, fixed, kept_bytes)
     binding = Binding(families)
     engine = Engine(space, ledger, binding.is_dead)
     for home in binding.homes.values():

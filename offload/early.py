@@ -83,8 +83,8 @@ class EarlyUpdate:
         finally:
             self._store.phase = Phase.UPDATE
         for param in self._board.stepped(group):
-            self._engine.ledger.give_other(self._kept.pop(param, 0))
             param.grad = None
+            self._engine.ledger.give_other(self._kept.pop(param, 0))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

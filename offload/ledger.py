@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from offload.tiers import vm
+from offload.heap import FREE_KEPT_BYTES, Heap
 from offload.tiers.frames import FramePool
-from offload.tiers.spec import MIB
-
-TRIM_BYTES = 16 * MIB  # freed memory that malloc may keep before it is asked to let go
 
 
 class Ledger:
-    """Chunks' frames, fixed regions, and what is not chunks, against one budget in bytes."""
+    """Chunks' frames, fixed regions, and what is not chunks, against one budget in bytes.
 
-    def __init__(self, budget_bytes: int, pool: FramePool, fixed_bytes: int = 0) -> None:
+    ``kept_bytes``: of freed memory malloc may keep so much; what is too much to pass over in
+    silence counts as fixed.
+    """
+
+    def __init__(
+        self, budget_bytes: int, pool: FramePool, fixed_bytes: int = 0,
+        kept_bytes: int = FREE_KEPT_BYTES,
+    ) -> None:  # fmt: skip
         self.budget_bytes = budget_bytes
-        self.fixed_bytes = fixed_bytes
+        self.fixed_bytes = fixed_bytes + kept_bytes - FREE_KEPT_BYTES
         self.other_bytes = 0
         self.held_bytes = 0  # foreseen, not debited yet
         self.peak_bytes = 0
         self.peak_other_bytes = 0
         self._pool = pool
-        self._freed_bytes = 0
+        self.heap = Heap(lambda: self.used_bytes, kept_bytes)
 
     @property
     def used_bytes(self) -> int:
@@ -39,11 +43,13 @@ class Ledger:
 
     def prepare_frame(self, size_bytes: int, *, idle: bool) -> None:
         """Make sure that taking a frame of this size keeps within the budget."""
+        self.heap.settle()
         if not idle:
             self._trim(size_bytes, sparing=size_bytes)
 
     def hold(self, size_bytes: int) -> None:
         """Free idle frames so that this much can appear before it is debited."""
+        self.heap.settle()
         self._trim(size_bytes)
         self.held_bytes = size_bytes
 
@@ -56,12 +62,9 @@ class Ledger:
         self.see()
 
     def give_other(self, size_bytes: int) -> None:
-        """Credit it back, and see that the system gets it too."""
+        """Credit it back; the system gets it too before other memory is taken."""
         self.other_bytes -= size_bytes
-        self._freed_bytes += size_bytes
-        if self._freed_bytes >= TRIM_BYTES:
-            self._freed_bytes = 0
-            vm.return_freed_memory()
+        self.heap.freed(size_bytes)
 
     def see(self) -> None:
         """Note the present use for the peak."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from offload.prefetch.plan import Ops, Plan
@@ -15,22 +16,28 @@ LOOK_AHEAD_MOMENTS = 64
 
 @dataclass(slots=True)
 class Recorder:
-    """Notes each moment of the running step; ``finish`` makes the immutable trace."""
+    """Notes each moment of the running step; ``finish`` makes the immutable trace.
 
+    ``waited_s``: tells how long the engine has waited for transfers so far; that is no work.
+    """
+
+    waited_s: Callable[[], float]
     moments: list[Moment] = field(default_factory=list)
     began_s: float = field(default_factory=time.perf_counter)
-    _left_s: float = field(default_factory=time.perf_counter)
+    _lap_s: float = 0.0  # the clock without the waiting
     _other_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._lap()
 
     def enter(self) -> None:
         """A new moment begins: the compute lane's work since the last one is over."""
-        self._close(time.perf_counter())
+        self._close()
 
     def leave(self, phase: Phase, needs: tuple[Need, ...], other_bytes: int) -> None:
         """The moment's needs are met; work goes on."""
-        self.moments.append(Moment(phase, needs, 0.0, other_bytes))
         self._other_bytes = other_bytes
-        self._left_s = time.perf_counter()
+        self.moments.append(Moment(phase, needs, 0.0, other_bytes, self._lap()))
 
     def see_other(self, other_bytes: int) -> None:
         """Memory that is not chunks has grown within the moment."""
@@ -38,15 +45,20 @@ class Recorder:
 
     def finish(self, chunk_bytes: tuple[int, ...]) -> Trace:
         """The trace of the step that ends now."""
-        self._close(time.perf_counter())
+        self._close()
         return Trace(tuple(self.moments), chunk_bytes, {})
 
-    def _close(self, now_s: float) -> None:
+    def _close(self) -> None:
+        work_s = self._lap()
         if self.moments:
             last = self.moments[-1]
-            self.moments[-1] = replace(
-                last, compute_s=now_s - self._left_s, other_bytes=self._other_bytes
-            )
+            self.moments[-1] = replace(last, compute_s=work_s, other_bytes=self._other_bytes)
+
+    def _lap(self) -> float:
+        """Seconds of work since the last lap."""
+        now_s = time.perf_counter() - self.waited_s()
+        work_s, self._lap_s = now_s - self._lap_s, now_s
+        return max(work_s, 0.0)
 
 
 class Follower:

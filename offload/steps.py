@@ -92,7 +92,7 @@ class Steps:
         self._moved = {n: lane.meter.moved_bytes for n, lane in self._engine.space.lanes.items()}
         if track.mode is Mode.RECORD:
             self.watch.start()
-        self._engine.begin(Recorder(), track.follower)
+        self._engine.begin(self._recorder(), track.follower)
         return track.mode
 
     def end(self) -> None:
@@ -129,6 +129,10 @@ class Steps:
         """Record the next step of this kind anew: it will touch other things."""
         self.tracks[kind] = Track(steps=self.tracks[kind].steps)
 
+    def _recorder(self) -> Recorder:
+        stall_s = self._engine.counters.stall_s
+        return Recorder(lambda: sum(stall_s.values()))
+
     def _resume(self) -> None:
         before, self._suspended = self._suspended, None
         self.current = before.kind if before else None
@@ -151,7 +155,7 @@ class Steps:
         elif len(track.replayed_s) == 3 and track.beside is not None:
             # Compute and transfers share cores and DRAM: what a moment takes beside the planned
             # transfers is what counts from now on (the joint rate of promise P4).
-            track.trace, track.stale = _retimed(old, _merged(track.beside, trace)), True
+            track.trace, track.stale = _retimed(old, track.beside, trace), True
             track.beside = None
 
     def _make_plan(self, kind: Kind) -> None:
@@ -187,10 +191,14 @@ def _merged(a: Trace, b: Trace) -> Trace:
     return replace(b, moments=moments)
 
 
-def _retimed(old: Trace, now: Trace) -> Trace:
-    """A trace with the times of another, and the memory of whichever saw more."""
+def _retimed(old: Trace, a: Trace, b: Trace) -> Trace:
+    """A trace with the mean times of two others, and the memory of whichever saw most."""
     moments = tuple(
-        replace(m, compute_s=n.compute_s, other_bytes=max(m.other_bytes, n.other_bytes))
-        for m, n in zip(old.moments, now.moments, strict=True)
-    )
+        replace(
+            m, compute_s=(x.compute_s + y.compute_s) / 2,
+            handling_s=(x.handling_s + y.handling_s) / 2,
+            other_bytes=max(m.other_bytes, x.other_bytes, y.other_bytes),
+        )
+        for m, x, y in zip(old.moments, a.moments, b.moments, strict=True)
+    )  # fmt: skip
     return replace(old, moments=moments)

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
-from offload.tiers.vm import PAGE_BYTES
+from offload.heap import anonymous_bytes
 
 INTERVAL_S = 0.005
-
-
-def anonymous_bytes() -> int:
-    """Anonymous resident memory of this process: resident less file-backed and shared pages."""
-    fields = Path("/proc/self/statm").read_text().split()
-    return (int(fields[1]) - int(fields[2])) * PAGE_BYTES
 
 
 class Watch:

@@ -295,7 +295,7 @@ class Replay:
         for chunk in self.step.changed[t]:
             tier.dirty[chunk] = 1
         line.peak_bytes = max(line.peak_bytes, tier.held_bytes + tier.other_bytes)
-        work_s = self.trace.moments[t].compute_s
+        work_s = self.trace.moments[t].compute_s + self.trace.moments[t].handling_s
         if work_s > 0:
             began_s = drive.now_s
             end_s = began_s + work_s

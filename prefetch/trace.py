@@ -50,13 +50,15 @@ class Moment:
 
     ``compute_s`` is the time the compute lane works between this moment's needs being met and
     the next moment. ``other_bytes`` is memory in the fast tier that is not chunks (saved
-    activations, gradients on their way home) at its highest during this moment.
+    activations, gradients on their way home) at its highest during this moment. ``handling_s``:
+    what the engine itself took to meet the needs, waiting not counted.
     """
 
     phase: Phase
     needs: tuple[Need, ...]
     compute_s: float
     other_bytes: int
+    handling_s: float = 0.0
 
     @property
     def key(self) -> tuple[str, tuple[int, ...]]:

@@ -102,7 +102,7 @@ def page_elements(block_elements: int) -> int:
 
 
 def choose_chunk_bytes(budget_bytes: int, copies: int) -> int:
-    """Chunk size for a budget: 4 to 32 MiB where the budget allows.
+    """Chunk size for a budget: 4 to 64 MiB where the budget allows.
 
     An update needs ``copies`` chunks at once (weight, gradient, states). At least six such sets
     should fit in half the budget: one computing, some being read and written; with three, what

@@ -25,7 +25,10 @@ _ADVISE_RANDOM, _ADVISE_HUGEPAGE = 1, 14
 _FAILED = ctypes.c_void_p(-1).value
 _LOWEST_BIT = bytes(v & 1 for v in range(256))  # of a mincore byte: cached or not
 
-_libc = ctypes.CDLL(None, use_errno=True)
+# Calls of microseconds keep the GIL: giving it up costs a hand-over to a lane worker and back,
+# ten times the call. What may take milliseconds gives it up.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_slow = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
@@ -87,7 +90,7 @@ def return_freed_memory() -> None:
     would see, while chunks take the room that the ledger says is free. Other allocators have
     no such call, and are left alone.
     """
-    trim = getattr(_libc, "malloc_trim", None)
+    trim = getattr(_slow, "malloc_trim", None)
     if trim is not None:
         trim(0)
 
