@@ -3,7 +3,7 @@
 A Llama on disk but for a budget, micro-batches in the plain loop and by ``runtime.accumulate``.
 Activations of 8 exist at once there, so two comparisons with one micro-batch are made: with the
 same *room*, what the budget leaves for chunks when activations and gradients in flight are at
-their peak, and with the same *budget*. The bar is for the bytes of weights at the same room.
+their peak, and with the same *budget*. The bar is for weights read at the same room.
 Steps that are counted follow a plan that is not made anew any more; medians.
 """
 
@@ -118,10 +118,12 @@ def _moved(run: Runtime) -> Counter[str]:
 
 
 def compare(rows: dict[str, Row]) -> dict[str, float]:
-    """Bytes of the others over those of one micro-batch: of weights, read; and of everything."""
+    """Bytes of the others over those of one micro-batch: of weights, and of everything."""
     one, found = rows["one"]["bytes"], {}
     for name, row in rows.items():
-        found[f"{name} weights"] = row["bytes"]["weight read"] / one["weight read"]
+        both = [b["weight read"] + b["weight write"] for b in (row["bytes"], one)]
+        found[f"{name} weights read"] = row["bytes"]["weight read"] / one["weight read"]
+        found[f"{name} weights read and written"] = both[0] / both[1]
         found[f"{name} all"] = sum(row["bytes"].values()) / sum(one.values())
     return found
 
@@ -177,7 +179,7 @@ def main() -> None:
         shutil.rmtree(folder)
     ratios = compare(rows) if "one" in rows else {}
     for name, ratio in ratios.items():
-        print(f"{name}: {ratio:.3f} x one micro-batch's (bar for vertical weights: {BAR})")
+        print(f"{name}: {ratio:.3f} x one micro-batch's (bar for weights read: {BAR})")
     append("accumulate", args.disk, rows=rows, ratios=ratios, shape=args.shape, tokens=args.tokens)
 
 
