@@ -1,98 +1,186 @@
-"""What does accumulation cost? Bytes and time of a step of 1, 2, 4, 8 micro-batches, both orders.
+"""What does accumulation move? Bytes of weights, gradients and state in a step of 1 and of 8.
 
-A Llama-like stack of linear layers on disk but for a small budget; the plain loop against
-``runtime.accumulate``, steps interleaved. Medians; appends JSON lines to results/accumulate.jsonl.
+A Llama on disk but for a budget, micro-batches in the plain loop and by ``runtime.accumulate``.
+Activations of 8 exist at once there, so two comparisons with one micro-batch are made: with the
+same *room*, what the budget leaves for chunks when activations and gradients in flight are at
+their peak, and with the same *budget*. The bar is for weights read at the same room.
+Steps that are counted follow a plan that is not made anew any more; medians.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import shutil
 import statistics
-import sys
 import tempfile
 import time
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from child import SHAPES, batches, build
+from record import append
 
 import offload
+from offload.config import Tuning
+from offload.run import Runtime
+from offload.tiers.lane import ThreadLane
+from offload.tiers.layout import choose_chunk_bytes
+from offload.tiers.spec import MIB, format_size, parse_size
 
-WIDTH, LAYERS, ROWS = 1024, 24, 32
-BUDGET = "160MiB"
-ORDERS = ("plain", "vertical")
+WARM_STEPS = 5  # one recorded; three replayed, after the first and third of which plans change
+PLENTY = 64 << 30
+COPIES = 4  # weight, gradient, two moments
+BAR = 1.1
+Row = dict[str, Any]
 
 
-def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
-    """Some loss."""
-    loss: Tensor = model(batch).square().mean()
+@dataclass
+class Run:
+    """One managed model and its loop."""
+
+    args: argparse.Namespace
+    count: int
+    order: str
+    budget_bytes: int
+    seconds: list[float] = field(default_factory=list)
+    moved: list[Counter[str]] = field(default_factory=list)
+
+    def live(self, folder: Path, warm: int, steps: int) -> Row:
+        """Take the steps; what was moved in the later ones."""
+        shape, room_bytes = SHAPES[self.args.shape], parse_size(self.args.room)
+        tuning = Tuning(chunk_bytes=choose_chunk_bytes(room_bytes, COPIES))  # the same for all
+        told = {"host_memory": self.budget_bytes, "disk": folder, "tuning": tuning}
+        model = offload.init(lambda: build(shape), **told)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        offload.wrap(model, optimizer, tuning=tuning)
+        source = batches(shape, self.args.tokens)
+        run = offload.runtime(model)
+        for i in range(warm + steps):
+            self._step(run, optimizer, list(islice(source, self.count)))
+            moved = _moved(run)
+            if i >= warm:
+                self.moved.append(moved)
+        row = self._row(run, steps)
+        run.close()
+        return row
+
+    def _step(self, run: Runtime, optimizer: Any, micro_batches: list[torch.Tensor]) -> None:
+        began_s = time.perf_counter()
+        if self.order == "vertical":
+            run.accumulate(micro_batches, _loss)
+        else:
+            for ids in micro_batches:
+                _loss(run.model, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        self.seconds.append(time.perf_counter() - began_s)
+
+    def _row(self, run: Runtime, steps: int) -> Row:
+        stats = run.stats()
+        host, forecast = stats["tiers"]["host"], stats["forecast"] or {}
+        keys = sorted({key for moved in self.moved for key in moved})
+        plan = run.plan
+        return {
+            "order": self.order, "micro_batches": self.count, "budget_bytes": self.budget_bytes,
+            "other_bytes": host["peak_other_bytes"],
+            "room_bytes": self.budget_bytes - host["peak_other_bytes"],
+            "step_s": statistics.median(self.seconds[-steps:]) if steps else None,
+            "bytes": {k: statistics.median(m[k] for m in self.moved) for k in keys},
+            "forecast": {k: forecast.get(k) for k in ("step_s", "read_bytes", "write_bytes")},
+            "reserve_bytes": plan.reserve_bytes if plan else None,
+            "counters": stats["counters"],
+        }  # fmt: skip
+
+
+def _loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
     return loss
 
 
-def build(disk: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A managed model of 25 million weights."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        *(m for _ in range(LAYERS) for m in (nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh()))
-    )
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    offload.wrap(model, optimizer, host_memory=BUDGET, disk=disk)
-    return model, optimizer
+def _moved(run: Runtime) -> Counter[str]:
+    """Bytes that lanes moved since the last call, by lane and what they are."""
+    space, families = run.parts.engine.space, run.parts.binding.families
+    kinds = dict.fromkeys(range(len(space.chunks)), "state")
+    for family in families:
+        kinds |= dict.fromkeys(family.weights.chunk_ids, "weight")
+        kinds |= dict.fromkeys(family.grads.chunk_ids, "gradient") if family.grads else {}
+    moved: Counter[str] = Counter()
+    for name, lane in space.lanes.items():
+        assert isinstance(lane, ThreadLane)
+        while lane.spans:
+            chunk = lane.spans.popleft()[0]
+            moved[f"{kinds[chunk]} {name}"] += space.chunks[chunk].size_bytes
+    return moved
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, order: str, count: int) -> float:
-    """Seconds of one optimizer step."""
-    batches = [torch.randn(ROWS, WIDTH) for _ in range(count)]
-    start_s = time.perf_counter()
-    if order == "vertical":
-        offload.runtime(model).accumulate(batches, loss_of)
-    else:
-        for batch in batches:
-            loss_of(model, batch).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return time.perf_counter() - start_s
+def compare(rows: dict[str, Row]) -> dict[str, float]:
+    """Bytes of the others over those of one micro-batch: of weights, and of everything."""
+    one, found = rows["one"]["bytes"], {}
+    for name, row in rows.items():
+        both = [b["weight read"] + b["weight write"] for b in (row["bytes"], one)]
+        found[f"{name} weights read"] = row["bytes"]["weight read"] / one["weight read"]
+        found[f"{name} weights read and written"] = both[0] / both[1]
+        found[f"{name} all"] = sum(row["bytes"].values()) / sum(one.values())
+    return found
 
 
-def measure(disk: Path, count: int, steps: int) -> list[dict[str, Any]]:
-    """Both orders, step by step in turn; the first three steps of each are not counted."""
-    runs = {order: build(disk / f"{order}{count}") for order in ORDERS}
-    seconds: dict[str, list[float]] = {order: [] for order in ORDERS}
-    for _ in range(steps + 3):
-        for order, (model, optimizer) in runs.items():
-            seconds[order].append(step(model, optimizer, order, count))
-    lines = []
-    for order, (model, _) in runs.items():
-        stats = offload.runtime(model).stats()
-        lines.append({
-            "bench": "accumulate", "order": order, "micro_batches": count,
-            "step_s": statistics.median(seconds[order][3:]), "step_bytes": stats["step_bytes"],
-            "bound_s": stats["bound_s"], "budget": BUDGET, "parameters": LAYERS * WIDTH * WIDTH,
-            "torch": torch.__version__, "python": platform.python_version(),
-            "command": " ".join(["python", *sys.argv[:1]]),
-        })  # fmt: skip
-        offload.runtime(model).close()
-    return lines
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Row]:
+    """One row a run, by name."""
+    disk = folder / "spill"
+
+    def live(order: str, count: int, budget_bytes: int, warm: int, steps: int) -> Row:
+        disk.mkdir()
+        row = Run(args, count, order, budget_bytes).live(disk, warm, steps)
+        shutil.rmtree(disk)
+        return row
+
+    room_bytes, rows = parse_size(args.room), {}
+    for name in args.runs:
+        order, count = ("plain", 1) if name == "one" else (name.split()[0], args.count)
+        budget_bytes = room_bytes
+        if "budget" not in name:
+            budget_bytes += live(order, count, PLENTY, 1, 0)["other_bytes"]
+        elif "one" in rows:
+            budget_bytes = rows["one"]["budget_bytes"]
+        rows[name] = live(order, count, budget_bytes, WARM_STEPS, args.steps)
+        show(name, rows[name])
+    return rows
+
+
+def show(name: str, row: Row) -> None:
+    """One line for people."""
+    kinds = ", ".join(f"{k} {v / MIB:.0f}" for k, v in row["bytes"].items())
+    print(f"{name}: budget {format_size(row['budget_bytes'])}, room "
+          f"{format_size(row['room_bytes'])}, reserve {format_size(row['reserve_bytes'] or 0)}, "
+          f"{row['step_s']:.2f} s; MiB: {kinds}; forecast {row['forecast']}; {row['counters']}",
+          flush=True)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    names = ("one", "vertical", "vertical same budget", "plain", "plain same budget")
+    parser.add_argument("--shape", choices=SHAPES, default="100m")
+    parser.add_argument("--room", default="400MiB", help="for chunks, beside activations")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--count", type=int, default=8, help="micro-batches")
+    parser.add_argument("--runs", nargs="*", choices=names, default=["one", "vertical"])
     parser.add_argument("--disk", type=Path, default=Path("bench-spill"))
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
     args.disk.mkdir(parents=True, exist_ok=True)
-    print(f"{'micro-batches':>13}{'order':>10}{'step s':>9}{'read MiB':>10}{'write MiB':>11}")
-    for count in (1, 2, 4, 8):
-        with tempfile.TemporaryDirectory(dir=args.disk) as folder:
-            lines = measure(Path(folder), count, args.steps)
-        for line in lines:
-            read, write = (line["step_bytes"][k] / 2**20 for k in ("read", "write"))
-            print(f"{count:13}{line['order']:>10}{line['step_s']:9.3f}{read:10.0f}{write:11.0f}")
-            with (Path(__file__).parent / "results" / "accumulate.jsonl").open("a") as out:
-                out.write(json.dumps(line) + "\n")
+    folder = Path(tempfile.mkdtemp(dir=args.disk))
+    try:
+        rows = measure(args, folder)
+    finally:
+        shutil.rmtree(folder)
+    ratios = compare(rows) if "one" in rows else {}
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.3f} x one micro-batch's (bar for weights read: {BAR})")
+    append("accumulate", args.disk, rows=rows, ratios=ratios, shape=args.shape, tokens=args.tokens)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Fine-tuning: a plain PyTorch loop over a managed model, that can stop and go on bit-exactly.
 
-Nothing here knows where a tensor is. The loop writes ``loss.backward()`` and
-``optimizer.step()`` as anyone would; the engine is reached through the four functions of
-``Engine``, which ``offload`` itself provides.
+Nothing here knows where a tensor is. Micro-batches go through ``runtime.accumulate``, the rest is
+written as anyone would; the engine is reached through the functions of ``Engine`` and ``Runtime``,
+which ``offload`` itself provides.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -31,12 +31,16 @@ from offload.runconfig import InputError, MemoryConfig, RunConfig
 
 EVAL_BATCHES = 16  # enough for a steady mean; each one streams the whole model
 
+B = TypeVar("B")
+
 
 class Runtime(Protocol):
     """The part of ``offload.runtime(model)`` that the loop uses."""
 
     def stats(self) -> dict[str, Any]: ...
-    def accumulating(self) -> AbstractContextManager[None]: ...
+    def accumulate(
+        self, micro_batches: Iterable[B], loss_fn: Callable[[torch.nn.Module, B], torch.Tensor], /
+    ) -> list[torch.Tensor]: ...
     def save(self, directory: Path, scheduler: Any, extra: dict[str, Any], /) -> None: ...
     def load(self, directory: Path, scheduler: Any, /) -> dict[str, Any]: ...
     def export(self, directory: Path, /) -> None: ...
@@ -254,14 +258,12 @@ def _forward_backward(session: _Session, rows: list[int]) -> float:
     """
     blocks, size = session.job.train, session.job.config.data.batch_size
     targets = _target_count(blocks, rows)
-    total = 0.0
-    for first in range(0, len(rows), size):
-        chosen = rows[first : first + size]
-        loss = _loss(session, blocks, chosen) * (_target_count(blocks, chosen) / targets)
-        with nullcontext() if first + size >= len(rows) else session.runtime.accumulating():
-            loss.backward()
-        total += loss.item()
-    return total
+
+    def weighted(_: torch.nn.Module, chosen: list[int]) -> torch.Tensor:
+        return _loss(session, blocks, chosen) * (_target_count(blocks, chosen) / targets)
+
+    micro_batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+    return sum(loss.item() for loss in session.runtime.accumulate(micro_batches, weighted))
 
 
 def _target_count(blocks: Blocks, rows: list[int]) -> int:

@@ -9,7 +9,8 @@ micro-batches have added theirs or are over.
 
 What cannot be exact so is run as the plain loop, and that is said once: forward passes that draw
 random numbers (their order would change), and reentrant checkpointing of a weight that is used
-twice (its gradient is added in two parts). It is found out before any gradient is touched.
+twice (its gradient is added in two parts); so is what does not fit. It is found out before any
+gradient is touched.
 
 "Vertical" and "horizontal" are GreedySnake's words for the two orders.
 """
@@ -29,12 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from offload.bind import Home
-from offload.errors import OffloadError
+from offload.errors import BudgetError, OffloadError
 from offload.hooks import Hooks
 from offload.parts import Parts
 from offload.passes import Before
 from offload.prefetch.trace import Need
 from offload.steps import Kind, Mode
+from offload.tiers.spec import format_size
 
 B = TypeVar("B")
 Work = Callable[[], Tensor]
@@ -47,11 +49,13 @@ class Accumulator:
     should enter the gradient. It may call the model several times. It runs in another thread:
     the caller's grad mode and CPU autocast hold there, other contexts (dispatch and function
     modes, saved-tensor hooks) must be entered in ``loss_fn``. It is called again for all
-    micro-batches when the forward passes turn out to draw random numbers.
+    micro-batches when the forward passes turn out to draw random numbers, or to need more room
+    than there is.
 
     Activations of all micro-batches exist at once, and so do their gradients of tied weights
-    until the last use is reached: the budget must hold them. Raises BudgetError as a forward
-    pass does, and whatever ``loss_fn`` or the backward pass raises, with no thread left.
+    until the last use is reached. Where the budget does not hold the activations, the plain loop
+    is run. Raises BudgetError as that does, or where only the backward pass finds too little room,
+    and whatever ``loss_fn`` or the backward pass raises, with no thread left.
     """
 
     def __init__(self, model: nn.Module, parts: Parts) -> None:
@@ -76,11 +80,13 @@ class Accumulator:
         assert isinstance(hooks, Hooks)
         before = Before(self._model)
         with self._holding() as hold:
-            ring = _Ring(len(works), hold)
+            ring = _Ring(len(works), hold, self._lacking_bytes)
             losses = _run(ring, hooks, works)
         error, ring.error = ring.error, None  # no cycle: its traceback holds activations
         if error is not None and not ring.in_backward:
             before.restore()
+        if isinstance(error, BudgetError) and not ring.in_backward:
+            error = _Unsuitable(f"activations of {len(works)} micro-batches do not fit: {error}")
         if isinstance(error, _Unsuitable):
             self._decline(str(error))
             del error
@@ -102,6 +108,15 @@ class Accumulator:
         fits = self._parts.steps.tracks[Kind.TRAIN].mode is Mode.FITS
         on_disk = self._parts.engine.space.disk is not None
         return torch.is_grad_enabled() and on_disk and not fits
+
+    def _lacking_bytes(self) -> int:
+        """With all activations there: what the largest gradient, made and at home, lacks of room.
+
+        Gradients of tied weights that wait are not foreseen: activations go while they come.
+        """
+        engine = self._parts.engine
+        needed_bytes = engine.ledger.other_bytes + 2 * engine.largest_gradient_bytes
+        return needed_bytes - engine.ledger.capacity_bytes
 
     def _decline(self, why: str) -> None:
         if not self._declined:
@@ -142,7 +157,9 @@ class _Ended(BaseException):
 class _Ring:
     """The baton: exactly one of ``count`` threads has it, or the caller has."""
 
-    def __init__(self, count: int, hold: Callable[[bool], None]) -> None:
+    def __init__(
+        self, count: int, hold: Callable[[bool], None], lacking_bytes: Callable[[], int]
+    ) -> None:
         self.error: BaseException | None = None
         self.in_backward = False
         self.over = threading.Semaphore(0)
@@ -150,6 +167,7 @@ class _Ring:
         self._in = list(range(count))
         self._met = 0
         self._hold = hold
+        self._lacking_bytes = lacking_bytes
         self._random = _random_state()
 
     def begin(self) -> None:
@@ -177,6 +195,11 @@ class _Ring:
         self._met += 1
         while self._met < len(self._go):
             self.pass_on(index)
+        if not self.in_backward and self._lacking_bytes() > 0:
+            raise _Unsuitable(
+                f"beside the activations of {self._met} micro-batches the backward pass has no "
+                f"room: give {format_size(self._lacking_bytes())} more host_memory"
+            )
         if not self.in_backward and index != 0:
             self.pass_on(index)
         self.in_backward = True

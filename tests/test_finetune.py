@@ -6,8 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
@@ -36,7 +35,7 @@ class InMemoryRuntime:
         self._model = model
         self._optimizer = optimizer
         self._norm = float("nan")
-        self.accumulated = 0
+        self.accumulated: list[int] = []
         if max_grad_norm is not None:
             self._max_norm = max_grad_norm
             optimizer.register_step_pre_hook(self._clip)
@@ -49,10 +48,13 @@ class InMemoryRuntime:
         held = {"host": {"used_bytes": 7 << 20, "budget_bytes": 8 << 20}}
         return {"bound_s": 1e-4, "tiers": held, "grad_norm": self._norm}
 
-    @contextmanager
-    def accumulating(self) -> Iterator[None]:
-        self.accumulated += 1
-        yield
+    def accumulate(self, micro_batches: Iterable[Any], loss_fn: Any) -> list[torch.Tensor]:
+        losses = []
+        for batch in micro_batches:
+            losses.append(loss_fn(self._model, batch))
+            losses[-1].backward()
+        self.accumulated.append(len(losses))
+        return losses
 
     def save(self, directory: Path, scheduler: Any, extra: dict[str, Any]) -> None:
         directory.mkdir(parents=True)
@@ -234,12 +236,12 @@ class _NoDropout(InMemoryEngine):
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attention_dropout=0.0)
 
 
-def test_all_backward_passes_but_the_last_are_announced(config: RunConfig) -> None:
+def test_the_micro_batches_of_a_step_are_accumulated_together(config: RunConfig) -> None:
     engine = _Remembering()
     longer = replace(config, data=replace(config.data, accumulate=3, batch_size=1))
     finetune(longer, observer=StopAt(2), engine=engine)
     assert engine.made is not None
-    assert engine.made.accumulated == 2 * (3 - 1)
+    assert engine.made.accumulated == [3, 3]
 
 
 class _Remembering(InMemoryEngine):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -303,3 +305,16 @@ def test_a_chunk_named_twice_in_a_moment_has_one_use_there() -> None:
 def test_an_empty_trace_is_refused() -> None:
     with pytest.raises(ValueError, match="without moments"):
         plan(Trace((), (), {}), SLOW, 1)
+
+
+def test_a_moment_that_was_held_up_buys_no_bytes() -> None:
+    """What one recorded time promises (all reads hidden in it) is not worth many bytes."""
+    smooth = typical(layers=12, pieces=2, size_bytes=4 * MIB, compute_s=0.002)
+    capacity_bytes = smallest_bytes(smooth) * 12
+    least = plan(smooth, DUPLEX, capacity_bytes).forecast
+    for held_up in (3, 20, 30, 45):
+        moments = list(smooth.moments)
+        moments[held_up] = replace(moments[held_up], compute_s=0.2)
+        noisy = plan(replace(smooth, moments=tuple(moments)), DUPLEX, capacity_bytes).forecast
+        moved_bytes = noisy.read_bytes + noisy.write_bytes
+        assert moved_bytes <= 1.05 * (least.read_bytes + least.write_bytes)

@@ -310,12 +310,35 @@ def test_activations_that_do_not_fit_are_refused(manage: Manager) -> None:
     model = deep()
     run = manage(model, adamw(list(model.parameters())), host_bytes=1 * MIB)
     before = copied(model.state_dict())
-    large = [(torch.randn(160, 128), torch.zeros(160, dtype=torch.long))] * 8
+    large = [(torch.randn(900, 128), torch.zeros(900, dtype=torch.long))] * 8
     with pytest.raises(BudgetError, match="activation"):
         run.accumulate(large, fit)
     assert run.parts.engine.ledger.other_bytes == 0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     run.accumulate(rows(3), fit)
+
+
+@pytest.mark.parametrize("size", [30, 80])  # too much for the backward pass; for the forward pass
+def test_activations_that_fit_one_at_a_time_are_run_as_the_plain_loop(
+    manage: Manager, zoo: Zoo, capfd: pytest.CaptureFixture[str], size: int
+) -> None:
+    def live(model: nn.Module, accumulate: Any, optimizer: Any) -> list[Any]:
+        seen = []
+        for _ in range(3):
+            losses = accumulate(many, fit)
+            seen.append(copied([losses, [p.grad for p in model.parameters()]]))
+            optimizer.step()
+            optimizer.zero_grad()
+        return seen
+
+    many = [(torch.randn(size, 128), torch.zeros(size, dtype=torch.long)) for _ in range(8)]
+    plain, model = deep(), deep()
+    wanted = live(plain, lambda b, f: plain_loop(plain, b, f), adamw(list(plain.parameters())))
+    optimizer = adamw(list(model.parameters()))
+    run = manage(model, optimizer, host_bytes=1 * MIB)
+    assert zoo.same(wanted, live(model, run.accumulate, optimizer))
+    assert capfd.readouterr().err.count("of 8 micro-batches") == 1
+    assert run.parts.engine.ledger.other_bytes == 0
 
 
 def test_a_closed_run_says_so(manage: Manager) -> None:
