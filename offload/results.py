@@ -56,10 +56,14 @@ class _Kept:
         for key in self._keys:
             self._activations.release(key)
 
+    @property
+    def addresses(self) -> list[int]:
+        """Of the storages that it holds."""
+        return self._keys
+
     def witness(self, tensor: Tensor) -> None:
-        """One more tensor over the memory of these, if it is that."""
-        if tensor.untyped_storage().data_ptr() in self._keys:
-            self._witnesses.append(tensor)
+        """One more tensor over the memory of these."""
+        self._witnesses.append(tensor)
 
     def settle(self) -> None:
         """The unit's forward is over: hold no graph."""
@@ -81,22 +85,25 @@ class Results:
         self._activations = activations
         self._names = Names()
         self._kept: dict[str, _Kept] = {}
+        self._at: dict[int, _Kept] = {}  # by the address of a storage, while the forward runs
 
     def see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """An operation of the forward pass has given this."""
-        if not self.wanted or not allocates(func):
+        if not self.wanted:
             return
-        if self._kept:
-            for x in tree_leaves(result):
-                if isinstance(x, Tensor):
-                    for kept in self._kept.values():
-                        kept.witness(x)
+        for x in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(x, Tensor) and self._at:
+                kept = self._at.get(x.untyped_storage().data_ptr())
+                if kept is not None:
+                    kept.witness(x)
         name = self._names.of(func)
         if name in self.wanted and repeats(func, args, result):
-            self._kept[name] = _Kept(result, self._activations)
+            kept = self._kept[name] = _Kept(result, self._activations)
+            self._at.update(dict.fromkeys(kept.addresses, kept))
 
     def settle(self) -> None:
         """The forward pass is over."""
+        self._at.clear()
         for kept in self._kept.values():
             kept.settle()
 
@@ -111,6 +118,19 @@ class Results:
     def clear(self) -> None:
         """Nothing more is wanted: the rerun is over."""
         self._kept.clear()
+
+
+class Allocating:
+    """Whether operations make tensors; each is looked at once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, bool] = {}
+
+    def __call__(self, func: Any) -> bool:
+        known = self._known.get(func)
+        if known is None:
+            known = self._known[func] = allocates(func)
+        return known
 
 
 def repeats(func: Any, args: tuple[Any, ...], result: Any) -> bool:
@@ -134,13 +154,14 @@ class Keeping(TorchDispatchMode):
         super().__init__()
         self._saved = saved
         self._running = running
+        self._allocates = Allocating()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         visit = self._saved.visit
-        if visit is not None and self._running():
+        if visit is not None and self._allocates(func) and self._running():
             visit.see(func, args, result)
         return result
 
@@ -152,11 +173,12 @@ class Again(TorchDispatchMode):
         super().__init__()
         self._results = results
         self._names = Names()
+        self._allocates = Allocating()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if allocates(func):
+        if self._results and self._allocates(func):
             result = self._results.take(self._names.of(func))
             if result is not None:
                 return result
