@@ -112,6 +112,12 @@ class Planned:
         """Whether nothing is done to activations: the hooks may come off where all fits."""
         return self._chooser.keeps_all
 
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether results of single operations are kept from units that are run again."""
+        decision = self._chooser.decision
+        return decision is not None and any(c.parts for c in decision.choices)
+
     def wants_another_record(self, trace: Trace | None) -> bool:
         """Between steps: decide, if that is due; True when the next step will run otherwise."""
         if self._means.setting != "auto" or trace is None:
@@ -130,6 +136,7 @@ class Planned:
         decision, profile = self._chooser.decision, self._pass.profile
         return {
             "ways": [c.way.value for c in profile.choices],
+            "kept_results": [len(c.parts) for c in profile.choices],
             "saved_bytes": [s.saved_bytes for s in profile.seen],
             "forward_s": [s.forward_s for s in profile.seen],
             "forecast_peak_bytes": decision.peak_bytes if decision else None,
@@ -150,12 +157,15 @@ class Planned:
         if not profile.seen:
             profile.base_bytes = self._engine.ledger.other_bytes
         seen = Seen(name, self._clock(), None, self._boundary_bytes(arguments))
+        if self._means.setting == "auto" and self._chooser.decision is None:
+            seen.clock = self._clock
         choice = self._choose(name, unit)
         rerun = None
         if choice.way is Way.RECOMPUTE:
             rerun = Rerun(
                 unit, seen, arguments, self._activations, self._saved.chunks_of, self._enter
             )
+            rerun.results.wanted = frozenset(choice.parts)
         visit = Visit(seen, choice, self._activations, rerun, arguments, self._enter_backward)
         profile.seen.append(seen)
         profile.choices.append(choice)
@@ -178,7 +188,7 @@ class Planned:
         else:
             decided = self._chooser.choice(at, name)
             choice = decided if decided is not None else self._guess()
-            if choice.way is Way.KEEP and self._outgrown(at):
+            if (choice.way is Way.KEEP or choice.parts) and self._outgrown(at):
                 choice = RECOMPUTE
         if choice.way is Way.RECOMPUTE and (self._unsafe or self._foreign(unit)):
             choice = SWAP

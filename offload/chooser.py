@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from offload.engine import Engine
-from offload.prefetch.policy import Choice, Decision, Link, Room, Unit, Way, decide
+from offload.prefetch.policy import Choice, Decision, Link, Part, Room, Unit, Way, decide
 from offload.prefetch.trace import Phase, Trace
 from offload.rerun import Seen
 from offload.tiers.spec import Machine
 
 KEEP = Choice(Way.KEEP)
+CHUNK_PASSES = 6  # over memory, that a chunk costs the processor which leaves and comes back
 
 
 @dataclass(slots=True)
@@ -28,6 +31,40 @@ class Profile:
     @property
     def names(self) -> list[str]:
         return [s.name for s in self.seen]
+
+
+def measured(seen: Sequence[Seen]) -> list[Unit]:
+    """Units as the policy wants them. Those that save as much are taken to be alike: medians.
+
+    A unit that was kept was not run again; what the others took then holds for it.
+    """
+    alike: defaultdict[int | None, list[Seen]] = defaultdict(list)
+    for s in seen:
+        if s.rerun_s is not None:
+            alike[s.saved_bytes].append(s)
+    again = {size: (_rerun_s(group), _parts(group)) for size, group in alike.items()}
+    return [
+        Unit(s.forward_s, s.saved_bytes or 0, s.boundary_bytes, s.recomputable,
+             *again.get(s.saved_bytes, (None, ())))
+        for s in seen
+    ]  # fmt: skip
+
+
+def _rerun_s(group: Sequence[Seen]) -> float:
+    return median(s.rerun_s for s in group if s.rerun_s is not None)
+
+
+def _parts(group: Sequence[Seen]) -> tuple[Part, ...]:
+    """Operations that all of them ran."""
+    found: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
+    for seen in group:
+        for p in seen.parts:
+            found[p.name, p.size_bytes].append(p.seconds)
+    return tuple(
+        Part(name, median(seconds), size)
+        for (name, size), seconds in found.items()
+        if len(seconds) == len(group)
+    )
 
 
 class Traffic:
@@ -95,14 +132,11 @@ class Chooser:
             return False
         if any(s.saved_bytes is None for s in profile.seen):
             return False  # nothing was run backward
-        units = [
-            Unit(s.forward_s, s.saved_bytes or 0, s.boundary_bytes, s.recomputable)
-            for s in profile.seen
-        ]
-        self.decision = decide(units, self._room(trace, units), self._link(busy))
+        units = measured(profile.seen)
+        self.decision = decide(units, self._room(trace, units, busy), self._link(busy))
         return list(self.decision.choices) != profile.choices
 
-    def _room(self, trace: Trace, units: Sequence[Unit]) -> Room:
+    def _room(self, trace: Trace, units: Sequence[Unit], busy: float) -> Room:
         """What the recorded step leaves to units: the rest is chunks, gradients, the head."""
         engine, profile = self._engine, self.profile
         capacity_bytes = engine.ledger.capacity_bytes
@@ -111,9 +145,10 @@ class Chooser:
         needs_bytes = max(
             (sum(trace.chunk_bytes[n.chunk] for n in m.needs) for m in moments), default=0
         )
-        working_bytes = profile.base_bytes + 2 * engine.largest_gradient_bytes + (
-            needs_bytes + self._staging_bytes if homed else 0
+        base_bytes = profile.base_bytes + 2 * engine.largest_gradient_bytes + (
+            self._staging_bytes if homed else 0
         )  # fmt: skip
+        working_bytes = base_bytes + (needs_bytes if homed else 0)
         forward = [m.other_bytes for m in moments if m.phase is Phase.FORWARD]
         held_bytes = sum(u.boundary_bytes for u in units) + sum(
             u.saved_bytes for u, c in zip(units, profile.choices, strict=True) if c.way is Way.KEEP
@@ -121,15 +156,23 @@ class Chooser:
         # What appeared for a while (logits in another type, a product before its activation).
         transient_bytes = max(forward, default=0) - held_bytes - profile.base_bytes
         chunks_bytes = sum(c.size_bytes for c in engine.space.chunks) if homed else 0
-        disk_s = 1 / self._machine.read_bytes_per_s + 1 / self._machine.write_bytes_per_s if (
-            self._machine
-        ) else 0.0  # fmt: skip
         return Room(
             capacity_bytes - working_bytes,
             max(profile.head_bytes, transient_bytes),
-            max(capacity_bytes - working_bytes - chunks_bytes, 0),
-            disk_s,  # in full: on a CPU what moves chunks is taken from what computes
+            max(capacity_bytes - base_bytes - chunks_bytes, 0),
+            self._displace_s_per_byte(busy),
         )
+
+    def _displace_s_per_byte(self, busy: float) -> float:
+        """Seconds that a byte of chunks costs which leaves and comes back once a step.
+
+        The disk's part is hidden as far as the disk is idle; the processor's (checksums, pages
+        moved, compute threads held up) is not.
+        """
+        if self._machine is None:
+            return 0.0
+        disk_s = 1 / self._machine.read_bytes_per_s + 1 / self._machine.write_bytes_per_s
+        return busy * disk_s + CHUNK_PASSES / self._machine.copy_bytes_per_s
 
     def _link(self, busy: float) -> Link | None:
         machine = self._machine

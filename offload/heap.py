@@ -17,7 +17,7 @@ from offload.tiers.spec import MIB
 
 FREE_KEPT_BYTES = 16 * MIB  # of freed memory that malloc may keep and no budget accounts for
 MOST_KEPT_BYTES = 64 * MIB
-BLIND_CHECKS = 16  # after so many the baseline, which other code moves too, is taken anew
+BLIND_LOOKS = 16  # after so many the baseline, which other code moves too, is taken anew
 
 
 def kept_bytes_for(budget_bytes: int) -> int:
@@ -32,29 +32,38 @@ def anonymous_bytes() -> int:
 
 
 class Heap:
-    """Looks after each ``kept_bytes`` freed. ``accounted``: the bytes that a ledger knows of."""
+    """Knows an upper limit of what malloc keeps, and measures where that might be too much.
+
+    ``accounted``: the bytes that a ledger knows of. ``kept_bytes`` may always be kept, and more
+    while the budget has room for it.
+    """
 
     def __init__(self, accounted: Callable[[], int], kept_bytes: int = FREE_KEPT_BYTES) -> None:
         self.kept_bytes = kept_bytes
         self.trims = 0
         self._accounted = accounted
         self._baseline = 0  # what the process held beyond its account when nothing was kept
-        self._freed_bytes = 0
-        self._checks = BLIND_CHECKS
+        self._measured_bytes = 0  # kept, when last looked at
+        self._freed_bytes = 0  # since then
+        self._looks = BLIND_LOOKS
 
     def freed(self, size_bytes: int) -> None:
         """So much was given back to malloc, or will have been before ``settle``."""
         self._freed_bytes += size_bytes
 
-    def settle(self) -> None:
-        """Before memory is taken elsewhere: see that malloc keeps no more than it may."""
-        if self._freed_bytes < FREE_KEPT_BYTES:
+    def settle(self, room_bytes: int) -> None:
+        """Before memory is taken elsewhere, of which ``room_bytes`` will then be left."""
+        allowed_bytes = max(self.kept_bytes, room_bytes)
+        if self._measured_bytes + self._freed_bytes < allowed_bytes:
             return
-        self._freed_bytes = 0
-        self._checks += 1
-        kept_bytes = anonymous_bytes() - self._accounted() - self._baseline
-        if kept_bytes >= self.kept_bytes or self._checks >= BLIND_CHECKS:
+        self._look()
+        self._looks += 1
+        if self._measured_bytes >= allowed_bytes or self._looks >= BLIND_LOOKS:
             vm.return_freed_memory()
             self._baseline = anonymous_bytes() - self._accounted()
-            self._checks = 0
+            self._measured_bytes = self._looks = 0
             self.trims += 1
+
+    def _look(self) -> None:
+        self._measured_bytes = anonymous_bytes() - self._accounted() - self._baseline
+        self._freed_bytes = 0

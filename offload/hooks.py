@@ -25,6 +25,7 @@ from offload.homing import check_parameters
 from offload.hook import Hook, has_user_hooks
 from offload.passes import Before, Pass, Turn
 from offload.prefetch.trace import Access, Need, Phase
+from offload.results import Keeping
 from offload.saved import Activations, SavedTensors
 from offload.steps import Kind, Mode, Steps
 
@@ -145,6 +146,8 @@ class Hooks:
         if mode is Mode.RECORD:
             self._pass.before = Before(module)
             self._pass.push(AllocationGuard(self._foresee, self._running))
+        if kind is Kind.TRAIN and self.activations.keeps_parts:
+            self._pass.push(Keeping(self._saved, self._running))
 
     def _decide(self) -> None:
         """Between steps: where activations are to be treated otherwise the step is recorded."""

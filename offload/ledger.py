@@ -43,18 +43,19 @@ class Ledger:
 
     def prepare_frame(self, size_bytes: int, *, idle: bool) -> None:
         """Make sure that taking a frame of this size keeps within the budget."""
-        self.heap.settle()
         if not idle:
+            self._settle(size_bytes)
             self._trim(size_bytes, sparing=size_bytes)
 
     def hold(self, size_bytes: int) -> None:
         """Free idle frames so that this much can appear before it is debited."""
-        self.heap.settle()
+        self._settle(size_bytes)
         self._trim(size_bytes)
         self.held_bytes = size_bytes
 
     def take_other(self, size_bytes: int) -> None:
-        """Debit memory that is not chunks. There must be room."""
+        """Debit memory that is not chunks, most often there already. There must be room."""
+        self._settle(0)
         self._trim(size_bytes)
         self.other_bytes += size_bytes
         self.held_bytes = max(self.held_bytes - size_bytes, 0)
@@ -69,6 +70,9 @@ class Ledger:
     def see(self) -> None:
         """Note the present use for the peak."""
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+    def _settle(self, size_bytes: int) -> None:
+        self.heap.settle(self.budget_bytes - self.used_bytes - size_bytes)
 
     def _trim(self, size_bytes: int, sparing: int = 0) -> None:
         over_bytes = self.used_bytes + size_bytes - self.budget_bytes

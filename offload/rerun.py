@@ -11,8 +11,9 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from offload.errors import OffloadError
 from offload.frozen import freeze, thaw
+from offload.prefetch.policy import Part
+from offload.results import Again, Results, Stopwatch
 from offload.saved import STALE, Activations, Saved, Visitor
 
 
@@ -50,13 +53,20 @@ class Dropped:
 
 @dataclass(slots=True)
 class Seen:
-    """What was measured of one run of a unit. ``saved_bytes`` None: not known yet."""
+    """What was measured of one run of a unit. ``saved_bytes`` None: not known yet.
+
+    ``clock``: seconds without waiting for transfers, where its rerun is to be timed;
+    ``rerun_s`` and ``parts`` (operations of it) then follow.
+    """
 
     name: str
     forward_s: float = 0.0
     saved_bytes: int | None = None
     boundary_bytes: int = 0
     recomputable: bool = True
+    clock: Callable[[], float] | None = None
+    rerun_s: float | None = None
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(slots=True)
@@ -68,6 +78,34 @@ class _Input:
 
     def again(self) -> Tensor:
         return self.saved.check().detach().requires_grad_(self.requires_grad)
+
+
+class _Arguments:
+    """What a unit was given, held for its rerun."""
+
+    def __init__(
+        self, arguments: object, activations: Activations,
+        chunks_of: Callable[[Tensor], tuple[int, ...]],
+    ) -> None:  # fmt: skip
+        leaves, self._spec = tree_flatten(arguments)
+        self._leaves: list[object] = []
+        for x in leaves:
+            if isinstance(x, Tensor):
+                chunks = chunks_of(x)
+                held = Saved(x, chunks, None if chunks else activations)
+                self._leaves.append(_Input(held, x.requires_grad))
+            else:
+                self._leaves.append(freeze(x))
+
+    def again(self) -> Any:
+        """The positional and the named ones, to be used once."""
+        leaves = [x.again() if isinstance(x, _Input) else thaw(x) for x in self._leaves]
+        return tree_unflatten(leaves, self._spec)
+
+    def addresses(self) -> set[int]:
+        """Where the tensors' storages are."""
+        held = [x.saved.check() for x in self._leaves if isinstance(x, _Input)]
+        return {x.untyped_storage().data_ptr() for x in held}
 
 
 class Around:
@@ -140,17 +178,11 @@ class Rerun:
         self._activations = activations
         self._chunks_of = chunks_of
         self._enter = enter
-        leaves, self._spec = tree_flatten(arguments)
-        self._leaves = [self._hold(x) for x in leaves]
+        self._arguments = _Arguments(arguments, activations, chunks_of)
         self._around = Around(unit)
         self._dropped: list[weakref.ref[Dropped]] = []
         self._made: dict[int, Saved] = {}
-
-    def _hold(self, x: object) -> object:
-        if not isinstance(x, Tensor):
-            return freeze(x)
-        chunks = self._chunks_of(x)
-        return _Input(Saved(x, chunks, None if chunks else self._activations), x.requires_grad)
+        self.results = Results(activations)
 
     def note(self, dropped: Dropped) -> int:
         """One more tensor is dropped; its place in the order."""
@@ -175,11 +207,7 @@ class Rerun:
 
     def _made_bytes(self) -> int:
         """What the tensors that are there hold beyond the unit's inputs."""
-        inputs = {
-            x.saved.check().untyped_storage().data_ptr()
-            for x in self._leaves
-            if isinstance(x, _Input)
-        }
+        inputs = self._arguments.addresses()
         sizes = {}
         for saved in self._made.values():
             if saved.tensor is not None:
@@ -201,18 +229,33 @@ class Rerun:
                 seen += 1
             return tensor.detach()
 
-        args, kwargs = tree_unflatten(
-            [x.again() if isinstance(x, _Input) else thaw(x) for x in self._leaves], self._spec
-        )
+        args, kwargs = self._arguments.again()
         with self._around.again(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             try:
                 self._enter(self._unit)
-                self._unit.forward(*args, **kwargs)
+                with self._measured():
+                    self._unit.forward(*args, **kwargs)
             except _Enough:
+                self.results.clear()
                 if self._seen.saved_bytes is None:
                     self._seen.saved_bytes = self._made_bytes()
                 return
         raise self._differs(f"saved {seen} tensors, not {len(self._dropped)}")
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Around the forward: timed where that is wanted, else without what was kept of it."""
+        clock = self._seen.clock if self._seen.saved_bytes is None else None
+        mode: AbstractContextManager[Any] = Again(self.results) if self.results else nullcontext()
+        watch = Stopwatch() if clock is not None else None
+        began_s = clock() if clock is not None else 0.0
+        try:
+            with watch or mode:
+                yield
+        finally:
+            if watch is not None and clock is not None:
+                self._seen.rerun_s = clock() - began_s
+                self._seen.parts = tuple(watch.parts)
 
     def _keep(self, index: int, tensor: Tensor) -> None:
         dropped = self._dropped[index]()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -62,6 +62,10 @@ class Visitor(Protocol):
     """What saving knows of the unit that runs: it may keep a tensor, or do otherwise."""
 
     def pack(self, tensor: Tensor) -> Packed: ...
+
+    def see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """An operation has given this."""
+        ...
 
     def enter_backward(self) -> None:
         """Something that it saved is about to be used."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ class Visit:
         self._saved.append(weakref.ref(saved))
         return saved
 
+    def see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """An operation of its forward has given this."""
+        if self._rerun is not None:
+            self._rerun.results.see(func, args, result)
+
     def enter_backward(self) -> None:
         """Something of it is about to be used."""
         self._on_backward(self)
@@ -58,6 +64,7 @@ class Visit:
                     'again for the backward pass; give offload.wrap activations="keep" or "swap"'
                 )
         if self._rerun is not None:
+            self._rerun.results.settle()
             return
         groups = self._groups()
         self.seen.saved_bytes = sum(

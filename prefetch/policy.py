@@ -6,6 +6,8 @@ to the tier below and read back ahead. The choice is a small knapsack: least add
 that the bytes kept fit at every moment. Its terms follow LoHan (swap what the forward pass hides,
 admit in the order of recompute benefit), MEMO (part of one unit may be swapped) and SSDTrain
 (dropping the last units, whose backward comes first, saves little: the limits say how little).
+Of a unit that runs again, results of single operations may be kept (Korthikanti et al. 2022):
+those that save most seconds for a byte first.
 
 [Note: limits]
 Kept bytes only pile up in the forward pass, so there is one limit per unit: when the backward of
@@ -21,9 +23,13 @@ from enum import StrEnum
 
 _PARTS = (0.25, 0.5, 0.75, 1.0)  # of a unit that may be swapped, the rest being kept
 # Passes over memory that a transfer costs beside the disk's own: copy, checksum, pages made and
-# freed. On two cores swapping everything cost about 0.4 s a GB moved, with nothing hidden.
-_PASSES = 4
+# freed, and both compute threads held up at their next barrier. On two cores swapping everything
+# cost 1.0 s for each GB written and read back, with nothing hidden.
+_PASSES = 9
 _CELLS = 48  # of the table, in each of its two directions
+_KEPT_CELLS = 256  # where nothing is swapped, so that there is but one
+_WORTH_SHARE = 0.02  # of a rerun's time: results that save less are not considered
+_MOST_PARTS = 16
 
 
 class Way(StrEnum):
@@ -35,25 +41,53 @@ class Way(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """An operation of a unit: with its result kept, running the unit again takes that much less."""
+
+    name: str
+    seconds: float
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Unit:
     """One run of a unit as it was measured.
 
     ``saved_bytes``: what keeping it holds beyond its inputs, ``boundary_bytes``: those inputs.
     ``recomputable``: whether running its forward once more is unseen by the user's code.
+    ``rerun_s``: what that takes (it stops early; None: as long as the first time), ``parts``:
+    operations of it that could be left out.
     """
 
     forward_s: float
     saved_bytes: int
     boundary_bytes: int
     recomputable: bool = True
+    rerun_s: float | None = None
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def again_s(self) -> float:
+        """Seconds of running it again."""
+        return self.forward_s if self.rerun_s is None else self.rerun_s
+
+    def without(self, names: Sequence[str]) -> tuple[int, float]:
+        """Bytes of these parts' results, and seconds of running the rest again."""
+        kept = [p for p in self.parts if p.name in names]
+        left_s = max(self.again_s - sum(p.seconds for p in kept), 0.0)
+        return sum(p.size_bytes for p in kept), left_s
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """``swapped``: which part of the saved bytes is swapped; the rest of that unit is kept."""
+    """``swapped``: which part of the saved bytes is swapped; the rest of that unit is kept.
+
+    ``parts``: of a unit that runs again, the operations whose results are kept.
+    """
 
     way: Way
     swapped: float = 0.0
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +95,8 @@ class Room:
     """What activations may take, and what it costs to take it.
 
     ``available_bytes`` is for everything of the units (inputs, what is kept, what is being
-    worked with); ``head_bytes`` more are held after the last unit. Up to ``free_bytes`` nothing
-    else has to leave for them; each byte beyond costs ``displace_s_per_byte``.
+    worked with); ``head_bytes`` more are held after the last unit. While they peak at no more
+    than ``free_bytes`` nothing else has to leave; each byte beyond costs ``displace_s_per_byte``.
     """
 
     available_bytes: int
@@ -133,7 +167,9 @@ def decide(units: Sequence[Unit], room: Room, link: Link | None = None) -> Decis
         candidates += [_fixed(units, s.choices(), limits) for s in within]
     finals = [s for s in candidates if _fits(s, units)]
     if finals:
-        best = min(finals, key=lambda s: (_added_s(s, units, room, link), s.kept_bytes))
+        best = min(
+            finals, key=lambda s: (_added_s(s, units, room, link), s.swapped_bytes, s.kept_bytes)
+        )
         fits = True
     else:
         best = max(_uniform(units, limits, link), key=lambda s: s.slack_bytes)
@@ -168,11 +204,25 @@ def _options(unit: Unit, link: Link | None) -> Iterator[tuple[Choice, int, int, 
     """Choices for a unit, each with the bytes kept, the bytes swapped and the seconds added."""
     yield Choice(Way.KEEP), unit.saved_bytes, 0, 0.0
     if unit.recomputable:
-        yield Choice(Way.RECOMPUTE), 0, 0, unit.forward_s
+        yield Choice(Way.RECOMPUTE), 0, 0, unit.again_s
+    if unit.recomputable and link is None:
+        names = [p.name for p in _worthy(unit)]
+        for count in range(1, len(names) + 1):
+            kept, seconds = unit.without(names[:count])
+            if kept >= unit.saved_bytes:
+                break
+            yield Choice(Way.RECOMPUTE, parts=tuple(names[:count])), kept, 0, seconds
     if link is not None:
         for part in _PARTS:
             swapped = int(part * unit.saved_bytes)
             yield Choice(Way.SWAP, part), unit.saved_bytes - swapped, swapped, 0.0
+
+
+def _worthy(unit: Unit) -> list[Part]:
+    """Parts that are worth keeping, those with most seconds for a byte first."""
+    least_s = _WORTH_SHARE * unit.again_s
+    found = [p for p in unit.parts if p.seconds > least_s and p.size_bytes]
+    return sorted(found, key=lambda p: p.size_bytes / p.seconds)[:_MOST_PARTS]
 
 
 def _after(state: _State, option: tuple[Choice, int, int, float], limit_bytes: int) -> _State:
@@ -199,16 +249,18 @@ def _table(units: Sequence[Unit], limits: Sequence[int], link: Link | None) -> l
     """All partial solutions, one for each cell of kept and swapped bytes: the cheapest."""
     total = sum(u.saved_bytes for u in units) or 1
     states = [_State(0, 0, 0.0, 1 << 62)]
+    fine = _CELLS if link is not None else _KEPT_CELLS
     for unit, limit in zip(units, limits, strict=False):
+        options = list(_options(unit, link))
         cells: dict[tuple[int, int], _State] = {}
         for state in states:
             if state.kept_bytes > limit:
                 continue
-            for option in _options(unit, link):
+            for option in options:
                 new = _after(state, option, limit)
                 if new.kept_bytes > limits[-1]:
                     continue
-                key = (_CELLS * new.kept_bytes // total, _CELLS * new.swapped_bytes // total)
+                key = (fine * new.kept_bytes // total, _CELLS * new.swapped_bytes // total)
                 old = cells.get(key)
                 if old is None or _rank(new) < _rank(old):
                     cells[key] = new
@@ -237,8 +289,9 @@ def _fixed(units: Sequence[Unit], choices: Sequence[Choice], limits: Sequence[in
     state = _State(0, 0, 0.0, 1 << 62)
     for unit, choice, limit in zip(units, choices, limits, strict=False):
         swapped = int(choice.swapped * unit.saved_bytes) if choice.way is Way.SWAP else 0
-        kept = 0 if choice.way is Way.RECOMPUTE else unit.saved_bytes - swapped
-        seconds = unit.forward_s if choice.way is Way.RECOMPUTE else 0.0
+        kept, seconds = unit.saved_bytes - swapped, 0.0
+        if choice.way is Way.RECOMPUTE:
+            kept, seconds = unit.without(choice.parts)
         state = _after(state, (choice, kept, swapped, seconds), limit)
     return _end(state, limits[-1])
 
@@ -255,7 +308,8 @@ def _in_flight_bytes(units: Sequence[Unit]) -> int:
 
 def _added_s(state: _State, units: Sequence[Unit], room: Room, link: Link | None) -> float:
     """Seconds that recomputing, moving what nothing hides, and displacing chunks add."""
-    over_bytes = max(state.kept_bytes - room.free_bytes, 0)
+    peak_bytes = room.available_bytes - state.slack_bytes
+    over_bytes = max(peak_bytes - room.free_bytes, 0)
     added_s = state.recompute_s + over_bytes * room.displace_s_per_byte
     moved = state.swapped_bytes
     if link is None or not moved:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.prefetch.policy import Choice, Link, Room, Unit, Way, decide, predict
+from offload.prefetch.policy import Choice, Link, Part, Room, Unit, Way, decide, predict
 
 MIB = 1 << 20
 LINK = Link(2e9, 2e9, 1.0, 1e10)
@@ -115,7 +115,7 @@ def test_as_good_as_trying_everything(share: float, link: Link | None) -> None:
 def test_a_hidden_copy_beats_recomputing_and_a_slow_disk_does_not() -> None:
     units = [Unit(0.1, 50 * MIB, MIB) for _ in range(8)]
     room = Room(250 * MIB)
-    fast = decide(units, room, Link(5e9, 5e9, 1.0, 1e10))
+    fast = decide(units, room, Link(5e9, 5e9, 1.0, 2e10))
     assert {c.way for c in fast.choices} <= {Way.KEEP, Way.SWAP}
     slow = decide(units, room, Link(1e7, 1e7, 1.0, 1e10))
     assert {c.way for c in slow.choices} == {Way.KEEP, Way.RECOMPUTE}
@@ -135,6 +135,24 @@ def test_keeping_is_weighed_against_what_it_displaces() -> None:
     assert all(c.way is Way.RECOMPUTE for c in decide(units, dear, None).choices)
     cheap = Room(400 * MIB, free_bytes=0, displace_s_per_byte=1e-12)
     assert all(c.way is Way.KEEP for c in decide(units, cheap, None).choices)
+
+
+PARTS = (Part("cheap", 0.03, 4 * MIB), Part("dear", 0.03, 16 * MIB), Part("none", 0.0001, 1))
+
+
+def test_parts_are_kept_where_whole_units_do_not_fit() -> None:
+    units = [Unit(0.1, 80 * MIB, 0, rerun_s=0.08, parts=PARTS) for _ in range(4)]
+    little = decide(units, Room(80 * MIB + 4 * 4 * MIB), None)
+    assert all(c.way is Way.RECOMPUTE and "cheap" in c.parts for c in little.choices[:3])
+    assert all("none" not in c.parts for c in little.choices)
+    more = decide(units, Room(80 * MIB + 4 * 20 * MIB), None)
+    assert more.added_s < little.added_s < 4 * 0.08
+    for found in (little, more):
+        assert predict(units, found.choices, Room(80 * MIB + 4 * 20 * MIB)).added_s == (
+            pytest.approx(found.added_s)
+        )
+    none = decide(units, Room(80 * MIB), None)
+    assert none.added_s == pytest.approx(3 * 0.08)  # the last unit is kept for nothing
 
 
 def test_many_units_take_little_time() -> None:
