@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from offload.bind import Binding, Family, build_family, family_keys, refuse_odd_
 from offload.config import Given, Size, Tuning, understand, with_activations
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError, SpillError
+from offload.groupwise import format_of
 from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
 from offload.homing import adopt_parameter
 from offload.ledger import Ledger
@@ -29,6 +30,8 @@ from offload.place import build_device, choose, refuse_hopeless, with_place
 from offload.prefetch.plan import Plan
 from offload.prefetch.planner import DoesNotFit, plan
 from offload.prefetch.trace import Trace
+from offload.quantised import quantise, scratch_bytes, sizes_after
+from offload.room import refuse_without_room, too_small
 from offload.run import Runtime
 from offload.scratch import ScratchMode
 from offload.steps import Steps
@@ -82,6 +85,7 @@ def wrap(
     step_in_backward: bool = False,
     state_dtype: str | None = None,
     activations: str = "keep",
+    weight_dtype: str | None = None,
     tuning: Tuning | None = None,
 ) -> tuple[M, Optimizer | None]:
     """Manage a model's weights, gradients and optimizer state in tiers; the same objects return.
@@ -104,6 +108,9 @@ def wrap(
     "keep" (the default: the budget must hold them all), "recompute" (a block's forward runs again),
     "swap" (to disk), or "auto", which keeps them where they fit and otherwise chooses per block
     from the recorded step. Same bits in all four.
+    ``weight_dtype="int4"`` or ``"int8"`` stores the weights of linear layers that the optimizer
+    does not train in 4.5 or 9 bits each, for good: see ``offload.quantised``. Other numbers than
+    without, the same for every budget and tier.
 
     Raises BudgetError (before anything is moved) when the budgets are too small,
     CoupledOptimizerError for optimizers that mix parameters, SpillError when the disk is full.
@@ -113,6 +120,7 @@ def wrap(
         given = understand(host_memory, disk, disk_memory, device_memory)
         given = with_place(given, choose(model, device, compute_dtype, tuning or Tuning()))
     given = with_activations(given, activations)
+    _quantise_in_place(model, optimizer, given, weight_dtype)
     how = How(max_grad_norm, step_in_backward, state_dtype)
     _manage(model, optimizer, given, how, tuning or Tuning())
     return model, optimizer
@@ -127,6 +135,7 @@ def init(
     host_memory: Size | None = None,
     disk: str | os.PathLike[str] | None = None,
     disk_memory: Size | None = None,
+    weight_dtype: str | None = None,
     tuning: Tuning | None = None,
 ) -> M:
     """Build a model that is never whole in memory: ``factory()`` with large tensors in a file.
@@ -134,14 +143,21 @@ def init(
     Weights have the bits that the factory alone would give under the same seed. The result is
     managed; ``offload.wrap(model, optimizer)`` then takes in an optimizer over its parameters
     with the budgets given here. Without ``disk`` the model is simply built and managed.
+    ``weight_dtype`` as in `wrap`: weights are quantised from the file, one tensor at a time.
     """
+    form = format_of(weight_dtype)
     given = understand(host_memory, disk, disk_memory, device_memory)
-    if given.disk is None:
+    mode = ScratchMode(given.disk, given.budget.disk_bytes) if given.disk else nullcontext()
+    with mode:
         model = factory()
-    else:
-        mode = ScratchMode(given.disk, given.budget.disk_bytes)
-        with mode:
-            model = factory()
+    if form is not None:
+
+        def allocate(shape: tuple[int, int]) -> torch.Tensor:
+            with mode:
+                return torch.empty(shape, dtype=torch.uint8)
+
+        quantise(model, form, None, allocate, _say)
+    if isinstance(mode, ScratchMode):
         mode.close()
     given = with_place(given, choose(model, device, compute_dtype, tuning or Tuning()))
     _manage(model, None, given, How(), tuning or Tuning())
@@ -159,6 +175,7 @@ def from_pretrained(
     host_memory: Size | None = None,
     disk: str | os.PathLike[str] | None = None,
     disk_memory: Size | None = None,
+    weight_dtype: str | None = None,
     tuning: Tuning | None = None,
 ) -> Any:
     """A Hugging Face model (causal LM unless ``model_class``), managed, never whole in memory.
@@ -180,7 +197,8 @@ def from_pretrained(
     return init(
         load,
         device=device, device_memory=device_memory, compute_dtype=compute_dtype,
-        host_memory=host_memory, disk=disk, disk_memory=disk_memory, tuning=tuning,
+        host_memory=host_memory, disk=disk, disk_memory=disk_memory, weight_dtype=weight_dtype,
+        tuning=tuning,
     )  # fmt: skip
 
 
@@ -210,6 +228,21 @@ def _taken_over(model: nn.Module, optimizer: Optimizer | None) -> Given | None:
     given = before.given
     before.close()
     return given
+
+
+def _quantise_in_place(
+    model: nn.Module, optimizer: Optimizer | None, given: Given, weight_dtype: str | None
+) -> None:
+    """Quantise a plain model, after refusing budgets that it will not fit into even then."""
+    form = format_of(weight_dtype)
+    if form is None:
+        return
+    sizes = list(sizes_after(model, form, optimizer))
+    total = sum(size for size, _ in sizes)
+    if given.disk is None and total > given.budget.host_bytes:
+        raise too_small(given, total, f"a model of {form.name} weights")
+    refuse_without_room(sizes, given, choose_chunk_bytes(given.budget.host_bytes, 2), 2)
+    quantise(model, form, optimizer, lambda s: torch.empty(s, dtype=torch.uint8), _say)
 
 
 def _manage(
@@ -244,7 +277,8 @@ def _build(
     trained = {p for p in learnt.params if p.requires_grad} if learnt is not None else set()
     copies = 2 + max((narrowing.copies(learnt, p) for p in trained), default=0)
     chunk_bytes = tuning.chunk_bytes or choose_chunk_bytes(given.budget.host_bytes, copies)
-    _refuse_hopeless(model, given, chunk_bytes, copies)
+    sizes = ((p.numel() * p.element_size(), n) for n, p in model.named_parameters())
+    refuse_without_room(sizes, given, chunk_bytes, copies)
     pool = FramePool(poison=tuning.poison)
     read, write = _lanes(tuning)
     try:
@@ -264,9 +298,10 @@ def _build(
     except DiskFull as error:
         raise SpillError(str(error.strerror)) from error
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    buffers += scratch_bytes(model)
     fixed = space.fixed_bytes + buffers + _plain_state_bytes(learnt, narrowing, families)
     if given.budget.host_bytes < fixed:
-        raise _too_small(given, fixed, "weights, gradients and optimizer state")
+        raise too_small(given, fixed, "weights, gradients and optimizer state")
     kept_bytes = kept_bytes_for(given.budget.host_bytes) if disk is not None else FREE_KEPT_BYTES
     ledger = Ledger(given.budget.host_bytes, pool, fixed, kept_bytes)
     binding = Binding(families)
@@ -334,30 +369,6 @@ def _plain_state_bytes(
         if t.shape != tuple(param.shape)
         or t.name not in (regions := mirrored.get(param, {}))
         or regions[t.name].itemsize != t.dtype.itemsize
-    )
-
-
-def _refuse_hopeless(model: nn.Module, given: Given, chunk_bytes: int, copies: int) -> None:
-    """Refuse budgets that no plan can meet, before anything is allocated."""
-    if given.disk is None:
-        return
-    sizes = ((p.numel() * p.element_size(), n) for n, p in model.named_parameters())
-    largest = max(sizes, default=(0, ""))
-    least = max(largest[0] + chunk_bytes, copies * chunk_bytes)
-    if given.budget.host_bytes < least:
-        what = f"{largest[1]} ({format_size(largest[0])}), or one update of {copies} chunks,"
-        raise _too_small(given, least, what)
-
-
-def _too_small(given: Given, least: int, what: str) -> BudgetError:
-    remedy = "" if given.disk else ", or a disk=... folder to spill to"
-    return BudgetError(
-        f"host tier: {what} needs {format_size(least)}, but host_memory is "
-        f"{format_size(given.budget.host_bytes)}; give at least {format_size(least)}{remedy}",
-        tier="host",
-        needed_bytes=least,
-        given_bytes=given.budget.host_bytes,
-        smallest_bytes=least,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from offload.errors import OffloadError
 from offload.manifest import write_json
 from offload.publish import fsync_folder
+from offload.quantised import Quantised
 from offload.run import Runtime
 from offload.stream import between_steps, spec_of, write_tensors
 from offload.stsafe import Spec, shard
@@ -32,11 +33,17 @@ def export(run: Runtime, path: str | os.PathLike[str]) -> None:
     Weights are safetensors files of at most 2 GiB under the model's own names, tied ones once.
     Other files in the directory (a tokenizer) stay; weights of an earlier export are replaced.
 
-    Raises OffloadError for models with adapters and when the directory cannot be written.
+    Raises OffloadError for models with adapters or quantised weights, and when the directory
+    cannot be written.
     """
     model, target = run.model, Path(path)
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise OffloadError("a model with adapters cannot be exported: merge_and_unload() it first")
+    if any(isinstance(m, Quantised) for m in model.modules()):
+        raise OffloadError(
+            "a model with quantised weights cannot be exported: its codes are nothing that "
+            "from_pretrained loads. Export it as it was loaded, without weight_dtype=..."
+        )
     tensors = _exported(model)
     fresh = target / ".export.partial"
     engine = run.parts.engine
