@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from offload.tiers.spec import KIB, MIB, round_up
 
-LEAST_TOKENS = 16
 MOST_TOKENS = 128  # of a block: what one short conversation holds in vain is at most that
 GOOD_BLOCK_BYTES = 4 * MIB  # huge pages, and transfers at the disk's full rate
 LEAST_BLOCK_BYTES = 16 * KIB
@@ -84,5 +83,5 @@ def choose_block_tokens(token_bytes: int, lines: int, limit_bytes: int, multiple
     """
     tails_bytes = limit_bytes // TAIL_SHARE // max(lines, 1)
     want_bytes = max(min(GOOD_BLOCK_BYTES, tails_bytes), LEAST_BLOCK_BYTES)
-    tokens = min(max(want_bytes // token_bytes, LEAST_TOKENS), MOST_TOKENS)
+    tokens = min(max(want_bytes // token_bytes, 1), MOST_TOKENS)
     return round_up(tokens, multiple)
