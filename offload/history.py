@@ -119,11 +119,11 @@ class History:
             return self.tail_bytes
         sides = self.shape.keys, self.shape.values
         stored = self._coding[0].stored_bytes(*(s.shape(self._block_tokens) for s in sides))
-        return round_up(stored, vm.PAGE_BYTES)
+        return _framed(stored)
 
     @property
     def tail_bytes(self) -> int:
-        return round_up(self.shape.size_bytes(self._block_tokens), vm.PAGE_BYTES)
+        return _framed(self.shape.size_bytes(self._block_tokens))
 
     @property
     def working_bytes(self) -> int:
@@ -312,6 +312,12 @@ class History:
         if self._tail is not None:
             self._store.forget(self._tail)
             self._tail, self._filled = None, 0
+
+
+def _framed(size_bytes: int) -> int:
+    """Whole pages, huge ones where little is lost by that."""
+    huge = round_up(size_bytes, vm.HUGE_BYTES)
+    return huge if huge - size_bytes <= size_bytes // 8 else round_up(size_bytes, vm.PAGE_BYTES)
 
 
 def _padded(side: Side, tokens: int) -> int:

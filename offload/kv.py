@@ -151,21 +151,13 @@ class ManagedCache(DynamicCache):  # type: ignore[misc]
         return result
 
     def stats(self) -> dict[str, Any]:
-        """Bytes and events of all caches of the run; of this one, the error of its coding.
+        """``runtime.stats()["kv"]``, of all caches, and the error of coding, of this one.
 
         ``key_error``, ``value_error``: mean squared error over mean square of all coded blocks;
         None where nothing is coded.
         """
-        room, file, counters = self._store.room, self._store.file, self._store.counters
         return {
-            "held_bytes": room.held_bytes,
-            "limit_bytes": room.limit_bytes,
-            "disk_bytes": file.used_bytes,
-            "written_bytes": file.written_bytes,
-            "read_bytes": file.read_bytes,
-            "ahead_reads": counters.ahead_reads,
-            "demand_reads": counters.demand_reads,
-            "evicted_blocks": counters.evicted_blocks,
+            **self._store.stats(),
             "key_error": self._errors.keys.relative,
             "value_error": self._errors.values.relative,
         }
@@ -188,6 +180,19 @@ class ManagedCache(DynamicCache):  # type: ignore[misc]
         self._foreign_bytes[layer] = size_bytes
 
 
+class ManagedPair(EncoderDecoderCache):  # type: ignore[misc]
+    """For an encoder-decoder: one cache for its own tokens, one for the encoder's."""
+
+    def stats(self) -> dict[str, Any]:
+        """See `ManagedCache.stats`; errors are those of its own tokens."""
+        told: dict[str, Any] = self.self_attention_cache.stats()
+        return told
+
+    def close(self) -> None:
+        """Of both."""
+        self.reset()
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What ``runtime.kv_cache`` was asked for."""
@@ -207,7 +212,7 @@ def new_cache(config: Any, store: KVStore, wanted: Wanted) -> Any:
     """A cache for a model with this configuration; a pair of them for an encoder-decoder."""
     if not config.is_encoder_decoder:
         return ManagedCache(config, store, _making(config, store, wanted, 1))
-    return EncoderDecoderCache(
+    return ManagedPair(
         *(ManagedCache(config, store, _making(config, store, wanted, 2)) for _ in range(2))
     )
 

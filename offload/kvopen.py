@@ -1,4 +1,4 @@
-"""Open the store of a run's KV caches: its limit, its file, its place in the engine's order."""
+"""The store of a run's KV caches: its limit, its file, its place in the engine's order."""
 
 from __future__ import annotations
 
@@ -14,43 +14,41 @@ from offload.tiers.spec import format_size
 
 
 def store_of(parts: Parts, given: Given, memory_bytes: int | None) -> KVStore:
-    """The run's store, opened anew where none of its caches holds anything.
+    """The run's store, with this limit from now on.
 
     ``memory_bytes`` None: what weights leave of ``host_memory``, at least half of it, and more
-    where a layer's history needs more. Raises OffloadError where open caches have another limit.
+    where a layer's history needs more. Raises OffloadError for a limit that the budget has no room
+    for, or where open caches have another one.
     """
-    store = parts.kv
-    if store is not None and store.histories:
-        if memory_bytes not in (None, store.room.limit_bytes):
-            raise OffloadError(
-                f"open KV caches share memory={format_size(store.room.limit_bytes)}: close them, "
-                "or leave memory away"
-            )
-        return store
-    if store is not None:
-        store.close()
-    parts.kv = _open(parts, given, memory_bytes)
-    return parts.kv
-
-
-def _open(parts: Parts, given: Given, memory_bytes: int | None) -> KVStore:
-    engine = parts.engine
-    opened: list[KVStore] = []
-    capacity = engine.ledger.capacity_bytes
+    capacity = parts.engine.ledger.capacity_bytes
     if memory_bytes is not None and memory_bytes > capacity:
         raise OffloadError(
             f"memory={format_size(memory_bytes)} of the KV cache is more than the "
             f"{format_size(capacity)} that host_memory has for it"
         )
-    weights = sum(c.size_bytes for c in engine.space.chunks)
+    weights = sum(c.size_bytes for c in parts.engine.space.chunks)
     limit = max(capacity - weights, capacity // 2) if memory_bytes is None else memory_bytes
+    if parts.kv is None:
+        parts.kv = _open(parts, given, limit, hard=memory_bytes is not None)
+    elif not parts.kv.histories:
+        parts.kv.limit(limit, hard=memory_bytes is not None)
+    elif memory_bytes not in (None, parts.kv.room.hard_bytes):
+        raise OffloadError(
+            f"open KV caches share {format_size(parts.kv.room.limit_bytes)} of memory: close them, "
+            "or leave memory away"
+        )
+    return parts.kv
+
+
+def _open(parts: Parts, given: Given, limit_bytes: int, *, hard: bool) -> KVStore:
+    engine, opened = parts.engine, list[KVStore]()
 
     def squeezed() -> None:
         for kind, track in parts.steps.tracks.items():
             if track.fits:  # weights will leave: the hooks that fetch them are wanted again
                 parts.steps.forget(kind)
 
-    room = Room(engine, limit, memory_bytes is not None, lambda: opened[0].shrink(), squeezed)
+    room = Room(engine, limit_bytes, hard, lambda: opened[0].shrink(), squeezed)
     store = KVStore(room, BlockFile(engine.space.lanes, _storage(parts, given)))
     opened.append(store)
     before = engine.relieve

@@ -46,7 +46,8 @@ class Block:
 class Room:
     """Frames, each debited in the engine's ledger before it exists, within a limit of their own.
 
-    ``hard``: the limit is the user's; otherwise it gives way where the engine has room.
+    ``hard``: the limit is the user's; otherwise it gives way where the engine has room. The limit
+    that is kept to may be lowered for the sake of weights.
     ``shrink`` gives up something, False when there is nothing; ``squeezed`` is told when weights
     have to make room.
     """
@@ -55,18 +56,23 @@ class Room:
         self, engine: Engine, limit_bytes: int, hard: bool,
         shrink: Callable[[], bool], squeezed: Callable[[], None],
     ) -> None:  # fmt: skip
-        self.limit_bytes = limit_bytes
-        self._hard = hard
+        self.limit(limit_bytes, hard=hard)
         self._engine = engine
         self._shrink = shrink
         self._squeezed = squeezed
         self._pool = FramePool(poison=engine.space.pool.poison)
+        self._lent_bytes = 0  # of the frame lent last: it will be wanted again
         self._returned: deque[Frame] = deque()  # appended to by finalizers, on any thread
 
     @property
     def held_bytes(self) -> int:
         """All frames, idle ones too: what the ledger was told of."""
         return self._pool.total_bytes
+
+    def limit(self, limit_bytes: int, *, hard: bool) -> None:
+        """Another limit."""
+        self.limit_bytes = limit_bytes
+        self.hard_bytes = limit_bytes if hard else None
 
     def within_limit(self, size_bytes: int) -> bool:
         """Whether a frame of this size can be had without giving up another."""
@@ -96,6 +102,7 @@ class Room:
         """uint8 [size_bytes] over a frame that comes back when the last view of it has died."""
         whole_bytes = round_up(size_bytes, vm.PAGE_BYTES)
         self.poll()
+        self._lent_bytes = whole_bytes
         if not self._pool.has_idle(whole_bytes):
             self.trim()  # what was lent before was shorter, and will not be wanted again
         frame = self.take(whole_bytes)
@@ -116,11 +123,16 @@ class Room:
         while self._returned:
             self._pool.give(self._returned.popleft())
 
-    def trim(self) -> bool:
-        """Give idle frames back to the system; False when there were none."""
+    def trim(self, *, sparing: bool = False) -> bool:
+        """Give idle frames back to the system; False when there were none.
+
+        ``sparing``: but not the one that is lent to layer after layer.
+        """
         self.poll()
-        freed_bytes = self._pool.idle_bytes
-        self._pool.trim()
+        before_bytes, spare_bytes = self._pool.total_bytes, self._lent_bytes
+        keep_bytes = spare_bytes if sparing and self._pool.has_idle(spare_bytes) else 0
+        self._pool.trim(keep_bytes, sparing=spare_bytes)
+        freed_bytes = before_bytes - self._pool.total_bytes
         if freed_bytes:
             self._engine.ledger.give_other(freed_bytes)
         return bool(freed_bytes)
@@ -129,17 +141,17 @@ class Room:
         while (needed_bytes := self.held_bytes + size_bytes) > self.limit_bytes:
             if self._pool.has_idle(size_bytes):
                 return
-            if self.trim() or self._shrink():
+            if self.trim(sparing=True) or self._shrink() or self.trim():
                 continue
-            if self._hard:
+            if self.hard_bytes is not None and needed_bytes > self.hard_bytes:
                 raise BudgetError(
                     f"host tier: {WHAT} needs {format_size(needed_bytes)} so far, its blocks that "
                     "are being filled and one layer's whole history among it, but memory is "
-                    f"{format_size(self.limit_bytes)}: give kv_cache(memory=...) at least that, "
+                    f"{format_size(self.hard_bytes)}: give kv_cache(memory=...) at least that, "
                     "fewer rows, or kv_dtype='int4'",
                     tier="host",
                     needed_bytes=needed_bytes,
-                    given_bytes=self.limit_bytes,
+                    given_bytes=self.hard_bytes,
                     smallest_bytes=needed_bytes,
                 )
             self.limit_bytes = needed_bytes
@@ -213,9 +225,11 @@ class BlockFile:
             block.offset = -1
 
     def close(self) -> None:
+        """Nothing may be on its way. What is written afterwards goes to a new file."""
         if self._disk is not None:
             self._disk.close()
             self._disk = None
+            self._slots.clear()
 
     def _take_slot(self, size_bytes: int) -> int:
         if self._slots[size_bytes]:

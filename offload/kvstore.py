@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -109,6 +109,13 @@ class KVStore:
         if not self.histories:
             self.room.limit_bytes = self._given_bytes
             self.room.trim()
+            self.file.close()
+
+    def limit(self, limit_bytes: int, *, hard: bool) -> None:
+        """Share another limit from now on."""
+        self.room.limit(limit_bytes, hard=hard)
+        self._given_bytes = limit_bytes
+        self._ahead_bytes = None
 
     def changed(self) -> None:
         """The number of blocks has changed, or will: decide anew before the next is read."""
@@ -199,11 +206,11 @@ class KVStore:
 
     def relieve(self, desperate: bool) -> bool:
         """Give memory back to the engine; ``desperate``: of what is kept, too, and for good."""
-        if self.room.trim():
+        if self.room.trim(sparing=not desperate):
             return True
         if self._leaving:
             self._finish_leaving()
-            return self.room.trim()
+            return self.room.trim(sparing=not desperate)
         if not desperate or not self._shed():
             return False
         self.room.trim()
@@ -217,6 +224,17 @@ class KVStore:
             history.close()
         self.room.trim()
         self.file.close()
+
+    def stats(self) -> dict[str, Any]:
+        """Bytes and events; see docs/stats.md."""
+        return {
+            "held_bytes": self.room.held_bytes,
+            "limit_bytes": self.room.limit_bytes,
+            "disk_bytes": self.file.used_bytes,
+            "written_bytes": self.file.written_bytes,
+            "read_bytes": self.file.read_bytes,
+            **asdict(self.counters),
+        }
 
     def _shed(self) -> bool:
         """Lose what was read ahead, last first; then a block of whoever holds most."""

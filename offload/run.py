@@ -95,6 +95,7 @@ class Runtime:
             "activations": self.parts.hooks.activations.stats()
             if isinstance(self.parts.hooks, Hooks)
             else None,
+            "kv": self.parts.kv.stats() if self.parts.kv is not None else None,
             "temporaries_bytes": steps.watch.excess_bytes,
             "stall_s": dict(engine.counters.stall_s),
             "counters": {

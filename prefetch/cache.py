@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from offload.tiers.spec import KIB, MIB, round_up
 
-MOST_TOKENS = 128  # of a block: what one short conversation holds in vain is at most that
-GOOD_BLOCK_BYTES = 4 * MIB  # huge pages, and transfers at the disk's full rate
+MOST_TOKENS = 512
+GOOD_BLOCK_BYTES = 2 * MIB  # a huge page: smaller pages halve the disk's rate
 LEAST_BLOCK_BYTES = 16 * KIB
-TAIL_SHARE = 8  # blocks that are being filled take at most one part in so many of the limit
+TAIL_SHARE = 4  # blocks that are being filled take about one part in so many of the limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,10 @@ def choose_block_tokens(token_bytes: int, lines: int, limit_bytes: int, multiple
     """Tokens of a block, a multiple of ``multiple``.
 
     ``token_bytes``: one token's keys and values in one layer, all rows. ``lines``: histories that
-    will share ``limit_bytes``, each of which holds one block that is being filled.
+    will share ``limit_bytes``, each of which holds one block that is being filled. A block of a
+    whole huge page is read at twice the rate of a smaller one, so twice the share is given for it.
     """
-    tails_bytes = limit_bytes // TAIL_SHARE // max(lines, 1)
-    want_bytes = max(min(GOOD_BLOCK_BYTES, tails_bytes), LEAST_BLOCK_BYTES)
-    tokens = min(max(want_bytes // token_bytes, 1), MOST_TOKENS)
-    return round_up(tokens, multiple)
+    share_bytes = limit_bytes // TAIL_SHARE // max(lines, 1)
+    want_bytes = GOOD_BLOCK_BYTES if 2 * share_bytes >= GOOD_BLOCK_BYTES else share_bytes
+    tokens = max(want_bytes, LEAST_BLOCK_BYTES) // token_bytes
+    return round_up(min(max(tokens, 1), MOST_TOKENS), multiple)

@@ -1,4 +1,4 @@
-"""The KV cache in tiers: the tokens of ``DynamicCache``, each byte written once, within the budget."""
+"""The KV cache in tiers: the numbers of ``DynamicCache``, written once, within the budget."""
 
 from __future__ import annotations
 
@@ -94,17 +94,13 @@ def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
 
 
 def stats(cache: Any) -> dict[str, Any]:
-    """Of a cache, or of both of an encoder-decoder's: they share the store."""
-    told: dict[str, Any] = getattr(cache, "self_attention_cache", cache).stats()
+    told: dict[str, Any] = cache.stats()
     return told
 
 
 def close(run: Runtime, cache: Any) -> None:
     """Close a cache, and see that all it had came back."""
-    for part in (getattr(cache, "self_attention_cache", cache),
-                 getattr(cache, "cross_attention_cache", None)):  # fmt: skip
-        if part is not None:
-            part.close()
+    cache.close()
     assert stats(cache)["held_bytes"] == 0
     assert run.parts.engine.ledger.other_bytes == 0
 
@@ -190,9 +186,10 @@ def test_assisted_decoding_crops(manage: Manager) -> None:
     ids = torch.randint(1, 96, (1, PROMPT), generator=torch.Generator().manual_seed(1))
     how: Any = {"max_new_tokens": 30, "do_sample": False, "prompt_lookup_num_tokens": 3}
     expected = build().generate(ids, **how)
-    run = manage(build(), host_bytes=MIB)
+    model = build()
+    run = manage(model, host_bytes=MIB)
     cache = run.kv_cache(memory=36 * KIB, block_tokens=8)
-    assert torch.equal(run.model.generate(ids, past_key_values=cache, **how), expected)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **how), expected)
     assert stats(cache)["written_bytes"] > 0
     close(run, cache)
 
