@@ -91,9 +91,9 @@ def main() -> None:
     args = parser.parse_args()
     values = measure(args)
     for name, result in values["settings"].items():
-        token_s, moved = result["token_s"], result["read_bytes"] / 1e6
-        ratio = token_s / result["bound_s"]
-        print(f"{name:14} {token_s * 1e3:8.1f} ms  read {moved:7.1f} MB  x bound {ratio:.2f}", result)
+        token_ms, moved = result["token_s"] * 1e3, result["read_bytes"] / 1e6
+        ratio = result["token_s"] / result["bound_s"]
+        print(f"{name:14} {token_ms:8.1f} ms  {moved:7.1f} MB  {ratio:.2f} x bound", result)
     if not args.no_record:
         record.append(
             "kv", args.disk, dtype=args.dtype, rows=args.rows, tokens=args.tokens, **values
