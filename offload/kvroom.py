@@ -101,10 +101,7 @@ class Room:
     def lend(self, size_bytes: int) -> Tensor:
         """uint8 [size_bytes] over a frame that comes back when the last view of it has died."""
         whole_bytes = round_up(size_bytes, vm.PAGE_BYTES)
-        self.poll()
         self._lent_bytes = whole_bytes
-        if not self._pool.has_idle(whole_bytes):
-            self.trim()  # what was lent before was shorter, and will not be wanted again
         frame = self.take(whole_bytes)
         buffer = vm.buffer_at(frame.address, size_bytes)
         weakref.finalize(buffer, self._returned.append, frame).atexit = False

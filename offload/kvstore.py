@@ -255,6 +255,7 @@ class KVStore:
 
     def _decide(self) -> None:
         """Shares for all histories; what is beyond them leaves."""
+        self.room.trim(sparing=True)  # shorter memory that was lent before histories grew
         fixed_bytes = sum(h.tail_bytes for h in self.histories)
         fixed_bytes += max((h.working_bytes for h in self.histories), default=0)
         lines = [Line(h.planned, h.block_bytes) for h in self.histories]
