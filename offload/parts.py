@@ -13,6 +13,7 @@ from offload.device_hooks import DeviceHooks
 from offload.early import EarlyUpdate
 from offload.engine import Engine
 from offload.hooks import Hooks
+from offload.kvstore import KVStore
 from offload.optim.step import ChunkedStep
 from offload.steps import Steps
 
@@ -29,4 +30,5 @@ class Parts:
     means: Means = KEEP_ALL
     device: Device | None = None  # compute in frames; None: where the weights are
     early: EarlyUpdate | None = None  # updates during the backward pass
+    kv: KVStore | None = None  # what KV caches share, once there is one
     handles: list[RemovableHandle] = field(default_factory=list)

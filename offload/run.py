@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from offload.config import Given
+from offload.config import Given, Size
+from offload.errors import OffloadError
 from offload.homing import release_all
 from offload.hooks import Hooks
 from offload.parts import Parts
 from offload.prefetch.plan import Plan
 from offload.steps import Kind
+from offload.tiers.spec import parse_size
 from offload.vertical import Accumulator
 
 B = TypeVar("B")
@@ -93,6 +95,7 @@ class Runtime:
             "activations": self.parts.hooks.activations.stats()
             if isinstance(self.parts.hooks, Hooks)
             else None,
+            "kv": self.parts.kv.stats() if self.parts.kv is not None else None,
             "temporaries_bytes": steps.watch.excess_bytes,
             "stall_s": dict(engine.counters.stall_s),
             "counters": {
@@ -122,6 +125,36 @@ class Runtime:
         within one step. See ``offload.vertical``.
         """
         return self._accumulator(micro_batches, loss_fn)
+
+    def kv_cache(
+        self,
+        *,
+        memory: Size | None = None,
+        kv_dtype: str | None = None,
+        block_tokens: int | None = None,
+        caches: int = 1,
+    ) -> Any:
+        """``past_key_values`` within the budgets, for ``model.generate`` or the model's forward.
+
+        Histories live in memory and on disk, are read one layer ahead, and are written once, block
+        by block, as they grow; the numbers are those of ``DynamicCache``. ``memory`` bounds the
+        caches of this run together (default: what weights leave of ``host_memory``, at least half
+        of it). ``kv_dtype`` "int4" or "int2": finished blocks are coded (offload/kivi.py): other
+        numbers, the same for every budget; ``stats()`` of the cache has the error.
+        ``block_tokens``: tokens per block (default: chosen); ``caches``: how many will be open at
+        once. Call the cache's ``close()`` when done with it. See `offload.kv.ManagedCache`.
+
+        Raises OffloadError for what it cannot do; using it raises BudgetError, SpillError.
+        """
+        from offload.kv import Wanted, new_cache
+        from offload.kvopen import store_of
+
+        config = getattr(self.model, "config", None)
+        if not hasattr(config, "get_text_config"):
+            raise OffloadError("kv_cache() is for models of transformers, which have a config")
+        wanted = Wanted(kv_dtype, block_tokens, caches)
+        memory_bytes = None if memory is None else parse_size(memory)
+        return new_cache(config, store_of(self.parts, self.given, memory_bytes), wanted)
 
     def save(
         self,
@@ -169,6 +202,8 @@ class Runtime:
 
     def close(self) -> None:
         """Stop the workers and close the spill file; parameters stay readable where they are."""
+        if self.parts.kv is not None:
+            self.parts.kv.close()
         self._detach()
         self.model.__dict__.pop("_offload", None)
         try:

@@ -243,7 +243,7 @@ class DeviceArena(FramePool):
 
     def _rest(self, frame: Frame) -> None:
         self._owners.pop(frame.address, None)
-        if self._poison:
+        if self.poison:
             with torch.inference_mode(False):
                 self.memory.over(frame.address, frame.size_bytes, None).fill_(POISON_BYTE)
         self.memory.retire(frame.address)

@@ -32,7 +32,7 @@ class FramePool:
         self.total_bytes = 0
         self.idle_bytes = 0
         self.huge_pages = True
-        self._poison = poison
+        self.poison = poison
         self._idle: defaultdict[int, list[Frame]] = defaultdict(list)
 
     def has_idle(self, size_bytes: int) -> bool:
@@ -53,7 +53,7 @@ class FramePool:
 
     def give(self, frame: Frame) -> None:
         """Take back a frame whose pages are at its own address."""
-        if self._poison:
+        if self.poison:
             vm.fill(frame.address, frame.size_bytes, POISON_BYTE)
         self._idle[frame.size_bytes].append(frame)
         self.idle_bytes += frame.size_bytes
