@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from offload.bind import Binding, Home
 from offload.callers import caller_of_hooks, refuse_transforms
+from offload.calls import call_of
 from offload.device import frame_dtype
 from offload.device_engine import Device
 from offload.engine import Engine
@@ -106,7 +107,8 @@ class DeviceHooks:
             self._host.user_hooks = has_user_hooks(module)
             self._device.engine.frames.scrutiny.careful = self._host.user_hooks
             kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
-            modes = [steps.begin(kind) for steps in self._levels]
+            call = call_of("", args, kwargs)
+            modes = [steps.begin(kind, call) for steps in self._levels]
         if kind is Kind.TRAIN:
             self._push(torch.autograd.graph.saved_tensors_hooks(
                 self._saved.pack, self._saved.unpack

@@ -59,6 +59,8 @@ class Engine:
         self._last: tuple[Need, ...] = ()
         self.phase = Phase.FORWARD
         self.user_hooks = True  # whether code of the user's may run within a backward pass
+        self.alone: Callable[[], bool] = lambda: False  # no code of the user's runs: see calls.py
+        self._sheltered: set[int] = set()  # came while alone, in the pass that runs
         self.largest_gradient_bytes = 0
         self.largest_update_bytes = 0
         self.foresee_step_bytes: Callable[[], int] = lambda: 0
@@ -134,9 +136,8 @@ class Engine:
 
     def _pump(self) -> None:
         """Finish evictions whose write is done; start queued loads for which there is room."""
-        for chunk in list(self._leaving.values()):
-            if chunk.saving is not None and chunk.saving.done:
-                self._finish_leaving(chunk)
+        for chunk in [c for c in self._leaving.values() if c.saving is not None and c.saving.done]:
+            self._finish_leaving(chunk)
         while self._queue:
             chunk = self.space.chunks[self._queue[0]]
             if chunk.id in self._leaving:
@@ -214,8 +215,7 @@ class Engine:
         if not ids:
             return None
         follower = self.follower
-        best = max(ids, key=follower.next_use) if follower is not None else ids[0]
-        return self.space.chunks[best]
+        return self.space.chunks[max(ids, key=follower.next_use) if follower else ids[0]]
 
     def _abandon_a_load(self, keep: set[int]) -> bool:
         """Give up the prefetched copy that is wanted last."""
@@ -255,11 +255,16 @@ class Engine:
         """Send a resident chunk home: at once where clean or dead, else after its write."""
         if self.is_dead(chunk.id):
             self._forget(chunk, dead=True)
-        elif not chunk.dirty and self._waiting("checksum", lambda: self.space.unchanged(chunk)):
+        elif not chunk.dirty and self._is_unchanged(chunk):
             self._forget(chunk, dead=False)
         else:
             self.space.start_save(chunk)
             self._leaving[chunk.id] = chunk
+
+    def _is_unchanged(self, chunk: Chunk) -> bool:
+        if chunk.id in self._sheltered and self.alone():
+            return True
+        return self._waiting("checksum", lambda: self.space.unchanged(chunk))
 
     def _finish_leaving(self, chunk: Chunk) -> None:
         del self._leaving[chunk.id]
@@ -303,6 +308,7 @@ class Engine:
         user_code = not self.phase.updates
         self._moving(chunk, "read from", lambda: self.space.install(chunk, user_code=user_code))
         self._resident[chunk.id] = None
+        self._sheltered |= {chunk.id} if self.alone() else set()
 
     def _moving(self, chunk: Chunk, how: str, work: Callable[[], None]) -> None:
         try:
@@ -329,19 +335,23 @@ class Engine:
     def leave_forward(self) -> None:
         """The model's forward pass is over: user code runs."""
         self.settle()
-        self._last = ()
+        self._end_moment()
 
     def begin(self, recorder: Recorder, follower: Follower | None) -> None:
         """A step begins, recorded, and planned where a plan is known."""
         self.recorder, self.follower = recorder, follower
         self._queue.clear()
-        self._last = ()
+        self._end_moment()
         if follower is None:
             return
         follower.restart()
         keep = follower.plan.resident_at_start
-        for c in [c for c in self._resident if c not in keep and c not in self._leaving]:
-            self._evict(self.space.chunks[c])
+        spare_bytes = self.ledger.capacity_bytes - follower.plan.forecast.peak_bytes
+        # What another step had in memory stays where this one leaves room: the latest used first.
+        for c in [c for c in reversed(self._resident) if c not in keep and c not in self._leaving]:
+            spare_bytes -= self.space.chunks[c].size_bytes
+            if spare_bytes < 0:
+                self._evict(self.space.chunks[c])
         # What the plan has in memory from the step before, but is not there (a first replay).
         missing = [c for c in keep if self.space.chunks[c].backing is Backing.FILE]
         self._queue.extend(sorted(missing, key=follower.next_use))
@@ -355,7 +365,12 @@ class Engine:
         self._pump()
         self.settle()
         self._pump()
+        self._end_moment()
+
+    def _end_moment(self) -> None:
+        """Code of the user's ran or will run: nothing that was so is taken for granted."""
         self._last = ()
+        self._sheltered.clear()
 
     def evict(self, chunks: Iterable[int]) -> None:
         """Send these chunks home now (for tests, and for a device tier that needs the room)."""

@@ -47,6 +47,10 @@ class Foresight:
         if plain and not torch.is_autocast_enabled("cpu"):
             self._inputs = _doubles((args, kwargs), "meta")
 
+    def see_nothing(self) -> None:
+        """A pass begins that cannot be rehearsed."""
+        self._inputs = None
+
     def step_bytes(self) -> int:
         """Host memory with which a step of one such pass, forward and backward, works.
 

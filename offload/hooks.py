@@ -7,15 +7,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from offload.activations import KEEP_ALL, Means, Planned, find_units
 from offload.bind import Binding, Home
 from offload.callers import caller_of_hooks, refuse_transforms
+from offload.calls import call_of, entries, is_known
 from offload.engine import Engine
 from offload.errors import BudgetError
 from offload.foresight import Foresight
@@ -28,6 +29,7 @@ from offload.prefetch.trace import Access, Need, Phase
 from offload.results import Keeping
 from offload.saved import Activations, SavedTensors
 from offload.steps import Kind, Mode, Steps
+from offload.tiers.home import Backing
 
 REMEDY = 'give offload.wrap activations="auto", or use a smaller batch or gradient checkpointing'
 
@@ -57,17 +59,19 @@ class Hooks:
             engine, means, activations, self._saved, self._enter_again, has_user_hooks
         )
         self._own: dict[nn.Module, Callable[..., None]] = {}
+        self._model = model
         self._units = find_units(model)
-        self._largest_input = 0
         self._foresight = Foresight(model, engine, binding)
         if means.setting == "keep":
             engine.foresee_step_bytes = self._foresight.step_bytes  # it knows of keeping alone
             if self._units:
                 engine.remedy = REMEDY
             self._units = {}
+        engine.alone = lambda: self._pass.known and self._running()
         self._root = [
             model.register_forward_pre_hook(Hook(self._enter_root), prepend=True, with_kwargs=True),
             model.register_forward_hook(Hook(self._leave_root), always_call=True),
+            *(h for name, part in entries(model).items() for h in self._entry(name, part)),
         ]
         self._inner = self._attach(model)
 
@@ -116,7 +120,33 @@ class Hooks:
 
     # -- forward ----------------------------------------------------------------------------
 
-    def _enter_root(self, module: nn.Module, args: object, kwargs: object) -> None:
+    def _entry(self, name: str, part: nn.Module) -> list[RemovableHandle]:
+        """Hooks on a part that users call by itself, in inference: ``generate`` does, an encoder.
+
+        Its gradients, if it is to have any, are those of a pass without contexts: served on demand.
+        """
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not torch.is_grad_enabled() and not self._running():
+                self._enter(name, module, args, kwargs)
+
+        def leave(module: nn.Module, args: object, output: object) -> None:
+            if self._pass.entry is module:
+                self._leave_root(module, args, output)
+
+        return [
+            part.register_forward_pre_hook(Hook(enter), prepend=True, with_kwargs=True),
+            part.register_forward_hook(Hook(leave), always_call=True),
+        ]
+
+    def _enter_root(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:  # fmt: skip
+        self._enter("", module, args, kwargs)
+
+    def _enter(
+        self, part: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         refuse_transforms()
         self._pass.leave()  # an interrupt may have skipped the last leave
         # A backward pass may have been cut short.
@@ -125,26 +155,27 @@ class Hooks:
         kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
         if kind is Kind.TRAIN and self._steps.current is None:
             self._decide()
-        elements = sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        mode = self._steps.begin(kind)
-        if mode is Mode.FITS and elements > self._largest_input:
-            mode = Mode.RECORD  # what fitted was a smaller input: watch this one
-        self._largest_input = max(self._largest_input, elements)
-        if self._relax(module, mode is Mode.FITS and self.activations.keeps_all):
+        call = call_of(part, args, kwargs)
+        mode = self._steps.begin(kind, call)
+        self._pass.frame, self._pass.entry = caller_of_hooks(), module
+        self._pass.infers = kind is Kind.INFER
+        if self._relax(mode is Mode.FITS and self.activations.keeps_all):
             return
         if kind is Kind.TRAIN:
-            self.activations.begin_pass(elements, len(self._units))
-        self._engine.user_hooks = has_user_hooks(module)
-        self._foresight.see(args, kwargs)
+            self.activations.begin_pass(call.extent, len(self._units))
+        self._engine.user_hooks = has_user_hooks(self._model)
+        self._pass.known = kind is Kind.INFER and is_known(self._model)
+        if part:
+            self._foresight.see_nothing()
+        else:
+            self._foresight.see(args, kwargs)
         self._pass.in_backward = False
-        self._pass.frame = caller_of_hooks()
-        self._pass.infers = kind is Kind.INFER
         if kind is Kind.TRAIN:
             self._pass.push(torch.autograd.graph.saved_tensors_hooks(
                 self._saved.pack, self._saved.unpack
             ))  # fmt: skip
         if mode is Mode.RECORD:
-            self._pass.before = Before(module)
+            self._pass.before = Before(self._model)
             self._pass.push(AllocationGuard(self._foresee, self._running))
         if kind is Kind.TRAIN and self.activations.keeps_parts:
             self._pass.push(Keeping(self._saved, self._running))
@@ -154,7 +185,7 @@ class Hooks:
         if self.activations.wants_another_record(self._steps.tracks[Kind.TRAIN].trace):
             self._steps.forget(Kind.TRAIN)
 
-    def _relax(self, module: nn.Module, fits: bool) -> bool:
+    def _relax(self, fits: bool) -> bool:
         """Take the inner hooks off while everything fits, and put them back when it may not."""
         if fits and self._inner:
             for handle in self._inner:
@@ -164,9 +195,16 @@ class Hooks:
             grads = [c for h in self._binding.homes.values() for c in h.grad_chunks]
             self._engine.evict([c for c in grads if self._engine.is_dead(c)])
             self._engine.space.pool.trim()
+            self._fetch_all()
         elif not fits and not self._inner:
-            self._inner = self._attach(module)
+            self._inner = self._attach(self._model)
         return fits
+
+    def _fetch_all(self) -> None:
+        """Have all weights in memory: no hook will ask for what this form has not touched."""
+        for c in sorted({c for h in self._binding.homes.values() for c in h.weight_chunks}):
+            if self._engine.space.chunks[c].backing is Backing.FILE:
+                self._engine.need(Phase.FORWARD, (Need(c, Access.READ),))
 
     def _leave_root(self, module: nn.Module, args: object, output: object) -> None:
         self._pass.leave()

@@ -48,7 +48,9 @@ class Pass(threading.local):
         self.frame: FrameType | None = None  # of the model's forward
         self.before: Before | None = None
         self.in_backward = False
+        self.entry: nn.Module | None = None  # the module that was called
         self.infers = False  # a forward pass without gradients is on the stack
+        self.known = False  # and no code of the user's is within it
         self.turn: Turn | None = None
 
     def push(self, context: Any) -> None:
@@ -58,7 +60,7 @@ class Pass(threading.local):
 
     def leave(self) -> None:
         """Exit the contexts of the forward pass."""
-        self.before = self.frame = None
-        self.infers = False
+        self.before = self.frame = self.entry = None
+        self.infers = self.known = False
         while self.contexts:
             self.contexts.pop().__exit__(None, None, None)

@@ -1,20 +1,32 @@
-"""When steps begin and end, and whether they are recorded or replayed. Plans are kept per kind."""
+"""When steps begin and end, and whether they are recorded or replayed. Plans are kept per kind.
+
+[Note: forms of inference]
+Prefill, decode, an encoder by itself and batches of other sizes are steps of one kind, and each
+has its own track, by the call's form; the least recently used are forgotten. A new form starts by
+following the plan of the one before it, under watch: mostly the moments are the same, and only
+times and memory differ. A form is watched again when its input, with the cache, has grown.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from offload.calls import Call
 from offload.engine import Engine
 from offload.prefetch.plan import Plan
-from offload.prefetch.trace import Trace
+from offload.prefetch.trace import Moment, Trace
 from offload.record import Follower, Recorder
+from offload.trial import Trial, without_reading_ahead
 from offload.watch import Watch
 
 STRAY_SHARE = 0.1  # beyond this share of unforeseen moments the step is planned anew
+FORMS = 8  # of inference, that plans are kept for
+GROWTH = 1.25  # of an inference's extent, for which a watched step leaves room
 
 
 class Kind(StrEnum):
@@ -33,6 +45,7 @@ class Mode(StrEnum):
 
 
 Planner = Callable[[Trace], Plan]
+ANY_CALL = Call()
 
 
 @dataclass(slots=True)
@@ -47,6 +60,10 @@ class Track:
     replayed_bytes: dict[str, list[int]] = field(default_factory=lambda: {"read": [], "write": []})
     fits: bool = False
     beside: Trace | None = None  # a replayed step, to be compared with the next
+    extent: int = 0  # the largest call that was watched, see calls.Call
+    trial: Trial = field(default_factory=Trial)
+    part: str = ""  # of the model, which is called
+    borrowed: bool = False  # trace and plan are another form's
 
     @property
     def mode(self) -> Mode:
@@ -54,66 +71,142 @@ class Track:
             return Mode.RECORD
         return Mode.FITS if self.fits else Mode.REPLAY
 
+    def following(self, *, ahead: bool) -> Follower | None:
+        """Whom the engine follows; not ``ahead``: with the same residency, on demand."""
+        if self.follower is None or ahead:
+            return self.follower
+        return Follower(self.follower.trace, without_reading_ahead(self.follower.plan))
+
+    def like(self, call: Call) -> Track:
+        """A new track that begins with what is known of this one."""
+        if self.trace is None:
+            return Track(part=call.part)
+        plan = self.follower.plan if self.follower is not None else None
+        follower = Follower(self.trace, plan) if plan is not None and not self.stale else None
+        fits = self.fits and call.extent <= self.extent
+        return Track(
+            self.trace, follower, fits=fits, extent=self.extent if fits else 0, part=call.part,
+            borrowed=True,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Step:
+    """The step under way: how it runs."""
+
+    kind: Kind
+    mode: Mode
+    ahead: bool = True  # whether it reads ahead
+
 
 @dataclass(slots=True)
 class _Suspended:
-    kind: Kind
+    step: _Step
     recorder: Recorder | None
     follower: Follower | None
 
 
 class Steps:
-    """Opens and closes steps on the engine. ``plan_for`` may be None: always on demand."""
+    """Opens and closes steps on the engine. ``plan_for`` may be None: always on demand.
+
+    ``tracks``: for inference, that of the form which was called last.
+    """
 
     def __init__(self, engine: Engine, plan_for: Planner | None, *, may_fit: bool = True) -> None:
         self.watch = Watch(lambda: engine.ledger.used_bytes + engine.ledger.held_bytes)
-        self._may_fit = may_fit
         self.tracks = {kind: Track() for kind in Kind}
-        self.current: Kind | None = None
+        self.forms: OrderedDict[str, Track] = OrderedDict()  # of inference, latest call last
+        self._may_fit = may_fit
         self._engine = engine
         self._plan_for = plan_for
+        self._step: _Step | None = None
         self._suspended: _Suspended | None = None
         self._moved: dict[str, int] = {}
 
-    def begin(self, kind: Kind) -> Mode:
+    @property
+    def current(self) -> Kind | None:
+        """The kind of the step under way."""
+        return self._step.kind if self._step is not None else None
+
+    def begin(self, kind: Kind, call: Call = ANY_CALL) -> Mode:
         """A forward pass of this kind starts; how its step is run.
 
         A training step that is under way goes on: this is one more micro-batch. An evaluation
         within it is a step of its own, after which training continues where it was.
         """
-        if self.current is kind:
-            return self.tracks[kind].mode
-        if self.current is not None:
-            self._suspended = _Suspended(self.current, self._engine.recorder, self._engine.follower)
-            self._engine.settle()
-        self.current = kind
+        if self.current is Kind.INFER:  # it was cut short: half a step is no example
+            self.watch.stop()
+            self._resume()
+        if self._step is not None and kind is Kind.TRAIN:
+            return self._mode(kind, call)
+        if self._step is not None:
+            engine = self._engine
+            self._suspended = _Suspended(self._step, engine.recorder, engine.follower)
+            engine.settle()
+        if kind is Kind.INFER:
+            self.tracks[kind] = self._form(call)
         track = self.tracks[kind]
         self._make_plan(kind)
+        mode = self._mode(kind, call)
+        self._step = _Step(kind, mode, ahead=mode is not Mode.REPLAY or track.trial.ahead)
         self._moved = {n: lane.meter.moved_bytes for n, lane in self._engine.space.lanes.items()}
-        if track.mode is Mode.RECORD:
+        if mode is Mode.RECORD:
             self.watch.start()
-        self._engine.begin(self._recorder(), track.follower)
-        return track.mode
+        # Where all fits inference moves nothing; a training step's update still follows its plan.
+        still = mode is Mode.FITS and kind is Kind.INFER
+        follower = None if still else track.following(ahead=self._step.ahead)
+        self._engine.begin(self._recorder(), follower)
+        return mode
 
     def end(self) -> None:
         """The running step is over."""
-        if self.current is None:
+        if self._step is None:
             return
-        engine, track = self._engine, self.tracks[self.current]
+        engine, step, track = self._engine, self._step, self.tracks[self._step.kind]
         engine.finish()
         self.watch.stop()
         assert engine.recorder is not None
         recorder = engine.recorder
         trace = recorder.finish(tuple(c.size_bytes for c in engine.space.chunks))
         track.steps += 1
-        if track.mode is not Mode.RECORD:
-            track.replayed_s.append(time.perf_counter() - recorder.began_s)
-            for name, lane in engine.space.lanes.items():
-                moved = lane.meter.moved_bytes - self._moved[name]
-                track.replayed_bytes[name].append(moved)
-        if track.mode is not Mode.FITS:  # without hooks it shows the update alone
-            self._learn(track, trace)
+        if step.mode is not Mode.RECORD:
+            self._time(track, step, time.perf_counter() - recorder.began_s)
+        elif step.kind is Kind.INFER:
+            trace = _roomier(trace, engine.ledger.capacity_bytes)
+        if step.mode is not Mode.FITS and step.ahead:  # without hooks it shows the update alone
+            self._learn(track, trace, watched=step.mode is Mode.RECORD)
         self._resume()
+
+    def _time(self, track: Track, step: _Step, step_s: float) -> None:
+        """Note how long a replayed step took, and what it moved."""
+        if step.kind is Kind.INFER and step.mode is Mode.REPLAY and track.follower is not None:
+            track.trial.note(step_s, track.follower.plan.forecast.step_s)
+        if step.ahead is not track.trial.ahead:
+            return  # it was a try that is not taken up
+        track.replayed_s.append(step_s)
+        for name, lane in self._engine.space.lanes.items():
+            track.replayed_bytes[name].append(lane.meter.moved_bytes - self._moved[name])
+
+    def _form(self, call: Call) -> Track:
+        """The track of a call's form; a new one begins with what is known of the one before."""
+        track = self.forms.pop(call.form, None)
+        if track is None:
+            near = next((t for t in reversed(self.forms.values()) if t.part == call.part), Track())
+            track = near.like(call)
+        self.forms[call.form] = track
+        while len(self.forms) > FORMS:
+            self.forms.popitem(last=False)
+        return track
+
+    def _mode(self, kind: Kind, call: Call) -> Mode:
+        """How a pass is run: watched where its input is larger than what was watched so far."""
+        track = self.tracks[kind]
+        grown = call.extent > track.extent
+        if grown:
+            track.extent = int(call.extent * GROWTH) if kind is Kind.INFER else call.extent
+        if grown and (kind is Kind.INFER or track.mode is Mode.FITS):
+            return Mode.RECORD
+        return track.mode
 
     def median_s(self, kind: Kind) -> float | None:
         """Median seconds of replayed steps."""
@@ -127,6 +220,8 @@ class Steps:
 
     def forget(self, kind: Kind) -> None:
         """Record the next step of this kind anew: it will touch other things."""
+        if kind is Kind.INFER:
+            self.forms.clear()
         self.tracks[kind] = Track(steps=self.tracks[kind].steps)
 
     def _recorder(self) -> Recorder:
@@ -135,18 +230,22 @@ class Steps:
 
     def _resume(self) -> None:
         before, self._suspended = self._suspended, None
-        self.current = before.kind if before else None
+        self._step = before.step if before else None
         self._engine.recorder = before.recorder if before else None
         self._engine.follower = before.follower if before else None
 
-    def _learn(self, track: Track, trace: Trace) -> None:
+    def _learn(self, track: Track, trace: Trace, *, watched: bool) -> None:
         old = track.trace
-        if old is None or track.follower is None:
-            track.trace, track.stale = trace, True
+        if old is None or track.follower is None or track.borrowed:
+            track.trace, track.stale, track.borrowed = trace, True, False
         elif [m.key for m in trace.moments] != [m.key for m in old.moments]:
             strays = track.follower.strays + abs(len(trace.moments) - len(old.moments))
             if strays > STRAY_SHARE * len(old.moments):
                 track.trace, track.stale = trace, True
+        elif watched:
+            more = any(m.other_bytes > n.other_bytes
+                       for m, n in zip(trace.moments, old.moments, strict=True))  # fmt: skip
+            track.trace, track.stale = _retimed(trace, old, old), more or track.stale
         elif len(track.replayed_s) == 1:
             # The first step also pays for lazy initialisation; the second tells the truth.
             track.trace, track.stale = _merged(old, trace), True
@@ -171,7 +270,7 @@ class Steps:
         dead = {c: last for c in touched if self._engine.is_dead(c)}
         track.trace = replace(track.trace, dead_after=dead)
         track.follower = Follower(track.trace, self._plan_for(track.trace))
-        track.stale = False
+        track.trial, track.stale = Trial(), False
 
     def _everything_fits(self, trace: Trace) -> bool:
         """Whether no chunk has to leave memory, whatever the step does."""
@@ -179,6 +278,17 @@ class Steps:
         chunks = self._engine.space.chunks
         all_bytes = sum(c.size_bytes for c in chunks if c.offset >= 0)
         return all_bytes + other_bytes <= self._engine.ledger.capacity_bytes
+
+
+def _roomier(trace: Trace, capacity_bytes: int) -> Trace:
+    """With room, where there is some, for inputs that grow before they are watched again."""
+
+    def room(moment: Moment) -> int:
+        held_bytes = sum(trace.chunk_bytes[c] for c in {n.chunk for n in moment.needs})
+        most_bytes = max(capacity_bytes - held_bytes, moment.other_bytes)
+        return min(int(moment.other_bytes * GROWTH), most_bytes)
+
+    return replace(trace, moments=tuple(replace(m, other_bytes=room(m)) for m in trace.moments))
 
 
 def _merged(a: Trace, b: Trace) -> Trace:
