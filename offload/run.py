@@ -92,6 +92,7 @@ class Runtime:
                 **({"device": device.tier_stats()} if device is not None else {}),
             },
             "device": device.stats(kind) if device is not None else None,
+            "forms": {name: track.stats() for name, track in steps.forms.items()},
             "activations": self.parts.hooks.activations.stats()
             if isinstance(self.parts.hooks, Hooks)
             else None,

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any
 
 from offload.calls import Call
 from offload.engine import Engine
@@ -76,6 +77,16 @@ class Track:
         if self.follower is None or ahead:
             return self.follower
         return Follower(self.follower.trace, without_reading_ahead(self.follower.plan))
+
+    def stats(self) -> dict[str, Any]:
+        """See docs/stats.md."""
+        plan = self.follower.plan if self.follower is not None else None
+        return {
+            "steps": self.steps,
+            "step_s": statistics.median(self.replayed_s) if self.replayed_s else None,
+            "bound_s": plan.forecast.bound_s if plan is not None else None,
+            "reads_ahead": self.trial.ahead,
+        }
 
     def like(self, call: Call) -> Track:
         """A new track that begins with what is known of this one."""
