@@ -50,6 +50,7 @@ CONTESTS = {
     "tiny": [Contest("plain"), Contest("offload", "1GiB", "17MiB")],
     "364m": [
         Contest("plain"),
+        Contest("plain", "800MiB"),
         Contest("offload", "800MiB", "430MiB"),
         Contest("accelerate-disk", "800MiB", peer=True),
         Contest("accelerate-disk", "1200MiB", peer=True),

@@ -276,7 +276,9 @@ def _build(
     """Homes for everything, with the weights moved in."""
     trained = {p for p in learnt.params if p.requires_grad} if learnt is not None else set()
     copies = 2 + max((narrowing.copies(learnt, p) for p in trained), default=0)
-    chunk_bytes = tuning.chunk_bytes or choose_chunk_bytes(given.budget.host_bytes, copies)
+    # Without an update, moments need whole weights: finer chunks round these up by less.
+    share = given.budget.host_bytes // (1 if learnt is not None else 2)
+    chunk_bytes = tuning.chunk_bytes or choose_chunk_bytes(share, copies)
     sizes = ((p.numel() * p.element_size(), n) for n, p in model.named_parameters())
     refuse_without_room(sizes, given, chunk_bytes, copies)
     pool = FramePool(poison=tuning.poison)
