@@ -214,8 +214,7 @@ class Engine:
         ids = [c for c in ids if c not in recent] or ids
         if not ids:
             return None
-        follower = self.follower
-        return self.space.chunks[max(ids, key=follower.next_use) if follower else ids[0]]
+        return self.space.chunks[max(ids, key=self.follower.next_use) if self.follower else ids[0]]
 
     def _abandon_a_load(self, keep: set[int]) -> bool:
         """Give up the prefetched copy that is wanted last."""
