@@ -49,6 +49,7 @@ class Hooks:
         )
         self._shared = {c: home for home in self._grads.shared for c in home.weight_chunks}
         self._pass = Pass()
+        self._together: Mode | None = None  # of the step that several inference passes make
         activations = Activations(self._take_activation, engine.ledger.give_other)
         self._saved = SavedTensors(
             engine.space.chunks_at, self._unpacked, activations, self._running
@@ -81,6 +82,20 @@ class Hooks:
             self._pass.turn = None
             self._pass.leave()
             self._grads.nothing_in_flight(only_mine=True)
+
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """Inference passes in here, in whatever thread, are one step together."""
+        self._together = self._steps.begin(Kind.INFER)
+        try:
+            yield
+        except BaseException:
+            self._together = None
+            self._steps.end()
+            self._steps.forget(Kind.INFER)  # half a step is no example
+            raise
+        self._together = None
+        self._steps.end()
 
     def remove(self) -> None:
         """Detach everything."""
@@ -126,7 +141,7 @@ class Hooks:
         if kind is Kind.TRAIN and self._steps.current is None:
             self._decide()
         elements = sum(x.numel() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        mode = self._steps.begin(kind)
+        mode = self._together or self._steps.begin(kind)
         if mode is Mode.FITS and elements > self._largest_input:
             mode = Mode.RECORD  # what fitted was a smaller input: watch this one
         self._largest_input = max(self._largest_input, elements)
@@ -173,7 +188,8 @@ class Hooks:
         if sys.exc_info()[0] is not None:
             return  # the forward pass raised: its error is the one to be seen
         if self._steps.current is Kind.INFER:
-            self._steps.end()
+            if self._together is None:
+                self._steps.end()
         else:
             self.activations.end_pass()
             self._engine.leave_forward()
@@ -213,7 +229,7 @@ class Hooks:
     def _take_turns(self, needs: tuple[Need, ...], homes: list[Home]) -> None:
         """Let other passes catch up before weights are asked for that they may need too."""
         mine = self._pass
-        if mine.turn is not None and not mine.infers:
+        if mine.turn is not None and mine.turn.infers == mine.infers:
             mine.turn.unit(needs, homes, in_backward=mine.in_backward)
 
     def _take_activation(self, size_bytes: int, what: str) -> None:
