@@ -9,7 +9,7 @@ end leave at once, and others take their places.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -80,7 +80,7 @@ class Block:
         self.reserved_bytes = cost.of(self.plan, sizes, ending.new_tokens)
         self._places = Places(lengths, self.plan, pads=self._dialect.pads)
 
-    def steps(self) -> Iterator[BlockStep]:
+    def steps(self) -> Generator[BlockStep, None, None]:
         """Until every row has ended. Memory is given back when this ends or is closed."""
         new_cache = dynamic_caches(self._model)
         cohorts: list[Cohort] = []

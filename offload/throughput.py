@@ -29,12 +29,21 @@ UNAPPLIED = {  # what a generation_config may ask for, and what it says where it
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """How to go on with each prompt. ``plan`` None: as many rows at once as fit."""
+    """How to go on with each prompt. ``plan`` None: as many rows at once as fit.
+
+    Raises ValueError for what is out of range.
+    """
 
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     plan: BlockPlan | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not all(self.stop):
+            raise ValueError("a stop string is empty: it would end every row at once")
 
 
 def make_block(
