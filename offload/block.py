@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.blockroom import block_cost
+from offload.blockroom import block_cost, largest_unit_bytes
 from offload.cohort import Cohort, Dialect, dynamic_caches
 from offload.ending import Ending
 from offload.errors import OffloadError
@@ -75,7 +75,7 @@ class Block:
         self._dialect = Dialect.of(model)
         lengths = {row: len(prompt) for row, prompt in prompts.items()}
         cost, sizes = block_cost(model), list(lengths.values())
-        room_bytes = parts.engine.ledger.capacity_bytes
+        room_bytes = parts.engine.ledger.capacity_bytes - largest_unit_bytes(model)
         self.plan = plan or choose_block(sizes, ending.new_tokens, cost, room_bytes)
         self.reserved_bytes = cost.of(self.plan, sizes, ending.new_tokens)
         self._places = Places(lengths, self.plan, pads=self._dialect.pads)

@@ -29,6 +29,15 @@ def block_cost(model: nn.Module) -> BlockCost:
     )
 
 
+def largest_unit_bytes(model: nn.Module) -> int:
+    """The weights that one module computes with at once; of a lookup's table a few rows are."""
+    return max(
+        sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+    )
+
+
 def _number(config: Any, *names: str) -> int:
     """The first of these that the configuration has as a number; 0: none."""
     return next((int(n) for name in names if isinstance(n := getattr(config, name, None), int)), 0)

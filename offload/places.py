@@ -70,10 +70,11 @@ class BlockCost:
 def choose_block(
     lengths: Sequence[int], new_tokens: int, cost: BlockCost, room_bytes: int
 ) -> BlockPlan:
-    """The most rows that fit beside the weights: each one more divides the same traffic.
+    """The most rows that fit: each one more divides the same traffic.
 
-    ``lengths``: of all prompts, in tokens. One row at least, whether it fits or not. While the
-    disk is what takes time, a step's tokens grow with the rows and its traffic by less.
+    ``lengths``: of all prompts, in tokens. ``room_bytes``: beside the weights that must be there at
+    once. One row at least, whether it fits or not. While the disk is what takes time, a step's
+    tokens grow with its rows, and its traffic by less.
     """
     longest = max(lengths)
     batch = int(PREFILL_SHARE * room_bytes) // max(cost.token_bytes * longest, 1)

@@ -11,11 +11,15 @@ import torch
 
 from offload.block import BlockStep, Row
 from offload.blockroom import block_cost
+from offload.errors import BudgetError, OffloadError
 from offload.places import BlockPlan
 from offload.run import Runtime
+from offload.sampling import Sampling, row_seed
+from offload.tiers.spec import KIB
+from tests.conftest import adamw, copied, same
 
 if TYPE_CHECKING:
-    from tests.conftest import Manager
+    from tests.conftest import Manager, Zoo
 
 WORDS = 192
 NEAR = 1e-4  # of two logits: beyond this rounding does not change which one is greater
@@ -124,3 +128,163 @@ def test_greedy_rows_are_those_of_plain_transformers(manage: Manager, name: str)
     assert weights_moved(run)
     assert max(step.micro_batches for step in steps) > 1
     assert run.parts.engine.ledger.other_bytes == 0
+
+
+def tight(manage: Manager, model: Any, plan: BlockPlan, new_tokens: int = 8) -> Runtime:
+    return manage(model, host_bytes=tight_bytes(model, plan, new_tokens))
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[Row]:
+    """Rows drawn one by one, in memory."""
+    model, found = build("llama"), []
+    for index, prompt in enumerate(prompts()):
+        torch.manual_seed(row_seed(7, index))
+        tokens, _ = reference(
+            model, prompt, 8, do_sample=True, temperature=0.8, top_k=20, top_p=0.9
+        )
+        found.append(Row(index, tuple(tokens), "eos" if tokens[-1] == 2 else "length"))
+    return found
+
+
+@pytest.mark.parametrize("plan", [BlockPlan(1), BlockPlan(3), BlockPlan(2, 2)])
+def test_what_is_drawn_does_not_depend_on_which_rows_go_together(
+    manage: Manager, drawn: list[Row], plan: BlockPlan
+) -> None:
+    run = tight(manage, build("llama"), plan)
+    sampling = Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=7)
+    assert run.generate(prompts(), 8, sampling=sampling, plan=plan) == drawn
+    assert weights_moved(run)
+    other = run.generate(prompts(), 8, sampling=Sampling(0.8, 20, 0.9, seed=8), plan=plan)
+    assert other != drawn
+
+
+def test_weights_are_loaded_once_for_all_micro_batches(manage: Manager) -> None:
+    moved = {}
+    for plan in (BlockPlan(1), BlockPlan(1, 6)):
+        model = build("llama")
+        run = manage(model, host_bytes=tight_bytes(model, BlockPlan(1, 6), 8))
+        run.parts.engine.take_other(
+            block_cost(model).of(BlockPlan(1, 6), list(map(len, prompts())), 8)
+            - block_cost(model).of(plan, list(map(len, prompts())), 8), "the same room for both"
+        )  # fmt: skip
+        lane, steps = run.parts.engine.space.lanes["read"].meter, list[BlockStep]()
+        before = lane.moved_bytes
+        run.generate(prompts()[:6], 8, plan=plan, on_step=steps.append)
+        moved[plan] = (lane.moved_bytes - before) / len(steps)
+        assert moved[plan] > 0
+    assert moved[BlockPlan(1, 6)] < 1.2 * moved[BlockPlan(1)]
+
+
+def test_rows_that_end_early_make_room_for_others(manage: Manager) -> None:
+    plain, model = build("llama"), build("llama")
+    ends = reference(plain, prompts()[0], 3)[0][-1]
+    for each in (plain, model):
+        each.generation_config.eos_token_id = [2, ends]
+    wanted = [reference(plain, prompt, 8) for prompt in prompts()]
+    run = tight(manage, model, BlockPlan(2))
+    steps: list[BlockStep] = []
+    rows = run.generate(prompts(), 8, plan=BlockPlan(2), on_step=steps.append)
+    for row, want in zip(rows, wanted, strict=True):
+        assert_equal_or_near(row, *want)
+    assert rows[0].reason == "eos"
+    assert rows[0].tokens[-1] == ends
+    assert sum(step.prompt_tokens > 0 for step in steps[1:]) >= 3
+    assert max(step.new_tokens for step in steps) == 2
+
+
+def test_without_a_plan_the_rows_fill_the_budget_and_stay_within_it(manage: Manager) -> None:
+    model = build("llama")
+    run = manage(model, host_bytes=tight_bytes(model, BlockPlan(1), 8))
+    steps: list[BlockStep] = []
+    rows = run.generate(prompts(), 8, on_step=steps.append)
+    assert len(rows) == PROMPTS
+    assert 1 < max(step.new_tokens for step in steps) < PROMPTS
+    assert run.parts.engine.ledger.peak_bytes <= run.parts.engine.ledger.budget_bytes
+
+
+def test_a_block_that_does_not_fit_is_refused_and_nothing_stays_taken(manage: Manager) -> None:
+    model = build("llama")
+    run = manage(model, host_bytes=tight_bytes(model, BlockPlan(1), 8))
+    with pytest.raises(BudgetError, match="block of rows"):
+        run.generate(prompts(), 8, plan=BlockPlan(PROMPTS))
+    assert run.parts.engine.ledger.other_bytes == 0
+    assert len(run.generate(prompts(), 8, plan=BlockPlan(1))) == PROMPTS
+
+
+class BrokenError(RuntimeError):
+    pass
+
+
+def test_an_error_in_one_pass_ends_all_and_leaves_the_run_usable(manage: Manager) -> None:
+    model = build("llama").train()
+    run = tight(manage, model, BlockPlan(2, 2))
+    before = run.generate(prompts(), 8, plan=BlockPlan(2, 2))
+
+    def fail(*_: object) -> None:
+        raise BrokenError
+
+    handle = model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(BrokenError):
+        run.generate(prompts(), 8, plan=BlockPlan(2, 2))
+    handle.remove()
+    assert run.parts.engine.ledger.other_bytes == 0
+    assert model.training, "it is as it was"
+    assert run.generate(prompts(), 8, plan=BlockPlan(2, 2)) == before
+
+
+def test_generation_within_training_leaves_its_bits_alone(manage: Manager) -> None:
+    def train(run: Runtime | None, model: Any, optimizer: torch.optim.Optimizer) -> list[Any]:
+        losses = []
+        for step in range(3):
+            x = torch.tensor(prompts()[step])[None]
+            loss = model(input_ids=x, labels=x).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if run is not None:
+                run.generate(prompts()[:3], 4, plan=BlockPlan(1, 3))
+            losses.append(loss.item())
+        return [losses, copied(model.state_dict())]
+
+    plain, model = build("llama").train(), build("llama").train()
+    wanted = train(None, plain, adamw(list(plain.parameters())))
+    optimizer = adamw(list(model.parameters()))
+    run = manage(model, optimizer, host_bytes=700 * KIB)
+    assert same(wanted, train(run, model, optimizer))
+    assert weights_moved(run)
+
+
+def test_everything_in_memory_works_as_well(manage: Manager) -> None:
+    rows = manage(build("llama"), disk=False).generate(prompts(), 4, plan=BlockPlan(2, 2))
+    plain = build("llama")
+    for row, prompt in zip(rows, prompts(), strict=True):
+        assert_equal_or_near(row, *reference(plain, prompt, 4))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([[3, 4], []], "prompt 1 is empty"),
+        ([[3] * 64], "64 positions"),
+        ([[3, WORDS]], "tokens from 3 to 192"),
+        (["text"], "tokenizer="),
+    ],
+)
+def test_prompts_that_cannot_work_are_refused(
+    manage: Manager, bad: list[Any], message: str
+) -> None:
+    run = manage(build("llama"))
+    with pytest.raises(OffloadError, match=message):
+        run.generate(bad, 4)
+
+
+def test_models_with_an_encoder_and_settings_that_are_ignored_are_named(
+    manage: Manager, zoo: Zoo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(OffloadError, match="has an encoder"):
+        manage(zoo.build("t5")).generate([[3]], 4)
+    model = build("llama")
+    model.generation_config.repetition_penalty = 1.3
+    manage(model).generate([[3]], 2)
+    assert "repetition_penalty=1.3" in capsys.readouterr().err
