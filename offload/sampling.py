@@ -53,7 +53,7 @@ class Picker:
         """One token for each of ``rows`` from logits [rows, vocabulary]."""
         scores = logits.float()
         if not self._sampling.temperature:
-            return [int(token) for token in scores.argmax(-1)]
+            return list(map(int, scores.argmax(-1).tolist()))
         for warp in self._warpers:
             scores = warp(None, scores)
         shares = torch.softmax(scores, -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +18,7 @@ from offload.run import Runtime
 from offload.sampling import Sampling, row_seed
 from offload.tiers.spec import KIB
 from tests.conftest import adamw, copied, same
+from tests.framed import Watched
 
 if TYPE_CHECKING:
     from tests.conftest import Manager, Zoo
@@ -288,3 +290,14 @@ def test_models_with_an_encoder_and_settings_that_are_ignored_are_named(
     model.generation_config.repetition_penalty = 1.3
     manage(model).generate([[3]], 2)
     assert "repetition_penalty=1.3" in capsys.readouterr().err
+
+
+def test_in_frames_one_micro_batch_goes_after_the_other(tmp_path: Path) -> None:
+    plain, model = build("llama"), build("llama")
+    watched = Watched(model, tmp_path, memory="300KiB", host="600KiB")
+    rows = watched.runtime.generate(prompts()[:4], 4, plan=BlockPlan(2, 2))
+    for row, prompt in zip(rows, prompts(), strict=False):
+        assert_equal_or_near(row, *reference(plain, prompt, 4))
+    assert max(map(len, watched.places.values())) > 4, "all of it fitted: nothing is proved"
+    assert watched.doubles == 0
+    watched.runtime.close()
