@@ -106,7 +106,8 @@ def main() -> None:
         ended = run_in_cgroup(command, parse_size(args.limit))
         lines = ended["lines"]
         if ended["code"] or not lines:
-            print(f"{way:>6}: exit {ended['code']}")
+            peak_mib = ended["peak_anon_bytes"] / 2**20
+            print(f"{way:>6}: exit {ended['code']}, peak {peak_mib:.0f} MiB")
             continue
         row = found[way] = lines[-1] | {"peak_anon_bytes": ended["peak_anon_bytes"]}
         print(f"{way:>6}: {row['tokens_per_s']:7.2f} tokens/s in steps of {row['step_s']:.3f} s, "

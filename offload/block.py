@@ -28,6 +28,7 @@ from offload.places import BlockPlan, Places, choose_block
 from offload.ring import InRing, Ring, run_in_turns
 from offload.sampling import Picker, Sampling
 from offload.steps import Kind
+from offload.tiers import vm
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,8 @@ class Block:
                 picked[index] = self._picker.pick(logits, cohorts[index].rows)
 
         _one_step(self._parts, [partial(work, index) for index in range(len(cohorts))])
+        # Keys and values that grow are copied, and malloc keeps what they leave, for each thread.
+        vm.return_freed_memory()
         return picked
 
     def _settle(
