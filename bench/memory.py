@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from traffic import minimum_bytes
 
@@ -85,14 +86,19 @@ def cgroup(limit_bytes: int) -> tuple[str, Path]:
     return "cgroup.procs", group
 
 
-def watch(args: argparse.Namespace, shape: str, limit_bytes: int) -> dict[str, object]:
+def watch(args: argparse.Namespace, shape: str, limit_bytes: int) -> dict[str, Any]:
     """Run the child inside the cgroup; its lines, exit code and peak anonymous bytes."""
-    procs, group = cgroup(limit_bytes)
     command = [
         sys.executable, __file__, "--child", "--shape", shape, "--budget", args.budget,
         "--disk", args.disk, "--steps", str(args.steps), "--seq", str(args.seq),
         *(["--plain"] if args.plain else []),
     ]  # fmt: skip
+    return run_in_cgroup(command, limit_bytes)
+
+
+def run_in_cgroup(command: list[str], limit_bytes: int) -> dict[str, Any]:
+    """Run a command that prints JSON lines: these, its exit code and peak anonymous bytes."""
+    procs, group = cgroup(limit_bytes)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True,
         preexec_fn=lambda: (group / procs).write_text(str(os.getpid())),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
@@ -17,7 +17,18 @@ except ModuleNotFoundError as missing:
 
 from offload import __version__
 from offload.errors import OffloadError
-from offload.runconfig import RunConfig, build_config, key_paths, read_yaml, with_absolute_paths
+from offload.runconfig import (
+    InputError,
+    MemoryConfig,
+    RunConfig,
+    build_config,
+    key_paths,
+    read_yaml,
+    with_absolute_paths,
+)
+
+if TYPE_CHECKING:
+    from offload.batchjob import GenerateConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -101,6 +112,55 @@ def finetune(
 
 
 @app.command()
+def generate(
+    model: Annotated[str, Option(help="Directory or hub name.")],
+    prompts: Annotated[
+        str, Option(help='JSON lines: {"prompt": ...} or {"messages": [...]}, with "id" or not.')
+    ],
+    out: Annotated[str, Option(help="JSON lines of results; what is there is not done again.")],
+    device_memory: Annotated[_Text, Option(help="GPU budget, e.g. 8GiB.")] = None,
+    host_memory: Annotated[_Text, Option(help="RAM budget, e.g. 24GiB.")] = None,
+    disk: Annotated[_Text, Option(help="Directory for what does not fit in RAM.")] = None,
+    disk_memory: Annotated[_Text, Option(help="Disk budget, e.g. 200GiB.")] = None,
+    max_new_tokens: Annotated[int, Option(help="Tokens of a row at most.")] = 128,
+    temperature: Annotated[float, Option(help="0: the likeliest token.")] = 0.0,
+    top_p: Annotated[float, Option(help="Draw from this share of the probability.")] = 1.0,
+    top_k: Annotated[int, Option(help="Draw from so many tokens; 0: from all.")] = 0,
+    seed: Annotated[int, Option(help="Fixes what is drawn, row by row.")] = 0,
+    stop: Annotated[
+        list[str] | None, Option(help="A row ends before this text; may be given again.")
+    ] = None,
+    batch: Annotated[_Whole, Option(help="Rows in a micro-batch; without: what fits.")] = None,
+    micro_batches: Annotated[_Whole, Option(help="Micro-batches at once, with --batch.")] = None,
+    dtype: Annotated[_Text, Option(help="Weights in float32 or bfloat16.")] = None,
+    with_prompt: Annotated[bool, Option("--with-prompt", help="Repeat it in each row.")] = False,
+    as_json: Annotated[bool, Option("--json", help="One JSON object a line on stdout.")] = False,
+) -> None:
+    """Go on with many prompts, within memory budgets; run again after a crash to do the rest."""
+    if micro_batches is not None and batch is None:
+        raise InputError("--micro-batches needs --batch")
+    _quiet_transformers()
+    from offload.batchjob import GenerateConfig
+    from offload.places import BlockPlan
+    from offload.sampling import Sampling
+    from offload.throughput import Asked
+
+    plan = BlockPlan(batch, micro_batches or 1) if batch is not None else None
+    asked = Asked(
+        max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop or ()), plan
+    )
+    memory = MemoryConfig(device_memory, host_memory, _absolute(disk), disk_memory)
+    place = Path(model).expanduser()
+    _generate(
+        GenerateConfig(
+            str(place.absolute()) if place.is_dir() else model, Path(prompts).expanduser(),
+            Path(out).expanduser(), asked, memory, dtype, with_prompt,
+        ),
+        as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
 def probe(
     disk: Annotated[str, Option(help="Directory on the disk to measure.")] = ".",
     as_json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
@@ -137,15 +197,40 @@ def effective_config(given: dict[str, Any], yaml_file: str | None, *, resume: bo
     return with_absolute_paths(build_config(base | given))
 
 
-def _run(config: RunConfig, *, resume: bool, as_json: bool) -> None:
+def _absolute(folder: str | None) -> str | None:
+    return str(Path(folder).expanduser().absolute()) if folder else None
+
+
+def _quiet_transformers() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # our own line says it; read at import
     import transformers
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _generate(config: GenerateConfig, *, as_json: bool) -> None:
+    from offload.batchjob import generate as run
+    from offload.progress import choose_observer
+
+    observer = choose_observer(as_json=as_json)
+    outcome = run(config, observer=observer)
+    done = outcome.done_before + outcome.rows
+    observer.event(
+        "stopped" if outcome.stopped_by else "done",
+        {"rows": done, "total": outcome.total, "out": str(config.out)},
+    )
+    observer.note(f"{done:,} of {outcome.total:,} rows in {config.out}")
+    if outcome.stopped_by:
+        observer.note("stopped; run the same command again for the rest")
+        raise typer.Exit(128 + outcome.stopped_by)
+
+
+def _run(config: RunConfig, *, resume: bool, as_json: bool) -> None:
+    _quiet_transformers()
     from offload.finetune import finetune
     from offload.progress import choose_observer
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     observer = choose_observer(as_json=as_json)
     outcome = finetune(config, resume=resume, observer=observer)
     observer.event(

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from offload.activations import KEEP_ALL, Means, Planned, find_units
 from offload.bind import Binding, Home
 from offload.callers import caller_of_hooks, refuse_transforms
-from offload.calls import call_of, entries, is_known
+from offload.calls import Call, call_of, entries, is_known
 from offload.engine import Engine
 from offload.errors import BudgetError
 from offload.foresight import Foresight
@@ -51,6 +51,7 @@ class Hooks:
         )
         self._shared = {c: home for home in self._grads.shared for c in home.weight_chunks}
         self._pass = Pass()
+        self._together: Mode | None = None  # of the step that several inference passes make
         activations = Activations(self._take_activation, engine.ledger.give_other)
         self._saved = SavedTensors(
             engine.space.chunks_at, self._unpacked, activations, self._running
@@ -85,6 +86,20 @@ class Hooks:
             self._pass.turn = None
             self._pass.leave()
             self._grads.nothing_in_flight(only_mine=True)
+
+    @contextmanager
+    def one_step(self, call: Call) -> Iterator[None]:
+        """Inference passes in here, in whatever thread, are one step: planned as this call."""
+        self._together = self._steps.begin(Kind.INFER, call)
+        try:
+            yield
+        except BaseException:
+            self._together = None
+            self._steps.end()
+            self._steps.forget(Kind.INFER)  # half a step is no example
+            raise
+        self._together = None
+        self._steps.end()
 
     def remove(self) -> None:
         """Detach everything."""
@@ -156,7 +171,7 @@ class Hooks:
         if kind is Kind.TRAIN and self._steps.current is None:
             self._decide()
         call = call_of(part, args, kwargs)
-        mode = self._steps.begin(kind, call)
+        mode = self._together or self._steps.begin(kind, call)
         self._pass.frame, self._pass.entry = caller_of_hooks(), module
         self._pass.infers = kind is Kind.INFER
         if self._relax(mode is Mode.FITS and self.activations.keeps_all):
@@ -211,7 +226,8 @@ class Hooks:
         if sys.exc_info()[0] is not None:
             return  # the forward pass raised: its error is the one to be seen
         if self._steps.current is Kind.INFER:
-            self._steps.end()
+            if self._together is None:
+                self._steps.end()
         else:
             self.activations.end_pass()
             self._engine.leave_forward()
@@ -251,7 +267,7 @@ class Hooks:
     def _take_turns(self, needs: tuple[Need, ...], homes: list[Home]) -> None:
         """Let other passes catch up before weights are asked for that they may need too."""
         mine = self._pass
-        if mine.turn is not None and not mine.infers:
+        if mine.turn is not None and mine.turn.infers == mine.infers:
             mine.turn.unit(needs, homes, in_backward=mine.in_backward)
 
     def _take_activation(self, size_bytes: int, what: str) -> None:

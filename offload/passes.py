@@ -14,7 +14,12 @@ from offload.prefetch.trace import Need
 
 
 class Turn(Protocol):
-    """Where a pass that is one of several side by side lets the others go on."""
+    """Where a pass that is one of several side by side lets the others go on.
+
+    ``infers``: whether the passes are without gradients; others within them take no turns.
+    """
+
+    infers: bool
 
     def unit(self, needs: tuple[Need, ...], homes: list[Home], *, in_backward: bool) -> None:
         """These weights are about to be used."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from offload import data
-from offload.runconfig import STATE_BYTES, TINY_MODEL, InputError, RunConfig
+from offload.runconfig import STATE_BYTES, TINY_MODEL, InputError, MemoryConfig, RunConfig
 from offload.rundir import RunDirectory
 from offload.tiers.spec import format_size, parse_size
 from offload.tinymodel import tiny_config, train_tokenizer
@@ -47,9 +47,9 @@ def prepare(config: RunConfig, *, resume: bool) -> Job:
     """
     rundir = RunDirectory(Path(config.output))
     files = data.find_files(config.data.path)
-    model_config = _model_config(config.model)
+    model_config = read_model_config(config.model)
     _check_length(model_config, config.data.seq_len)
-    _check_spill_directory(config)
+    check_spill_directory(config.memory)
     rundir.open(resume=resume)
     _check_output_space(rundir.root, model_config, config)
     records = list(data.read_records(files))
@@ -82,7 +82,8 @@ def _factory(config: RunConfig, model_config: Any) -> Callable[[], Any] | None:
     return lambda: AutoModelForCausalLM.from_config(model_config, dtype=dtype)
 
 
-def _model_config(model: str) -> Any:
+def read_model_config(model: str) -> Any:
+    """The configuration of a model directory or hub name. Raises InputError."""
     if model == TINY_MODEL:
         return tiny_config()
     from transformers import AutoConfig
@@ -120,8 +121,8 @@ def _check_length(model_config: Any, seq_len: int) -> None:
         )
 
 
-def _check_spill_directory(config: RunConfig) -> None:
-    memory = config.memory
+def check_spill_directory(memory: MemoryConfig) -> None:
+    """Raises InputError where nothing could be spilled there."""
     if memory.disk is None:
         return
     place = Path(memory.disk)
@@ -161,13 +162,17 @@ def _check_output_space(root: Path, model_config: Any, config: RunConfig) -> Non
 def _tokenizer(
     config: RunConfig, rundir: RunDirectory, records: Sequence[data.Record], *, resume: bool
 ) -> Any:
-    from transformers import AutoTokenizer
-
     if config.model == TINY_MODEL and not (resume and rundir.tokenizer.is_dir()):
         tokenizer = train_tokenizer(records)
         tokenizer.save_pretrained(rundir.tokenizer)
         return tokenizer
-    source = str(rundir.tokenizer) if config.model == TINY_MODEL else config.model
+    return load_tokenizer(str(rundir.tokenizer) if config.model == TINY_MODEL else config.model)
+
+
+def load_tokenizer(source: str) -> Any:
+    """A model's tokenizer. Raises InputError."""
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:

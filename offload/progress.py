@@ -6,16 +6,32 @@ import json
 import statistics
 import sys
 from collections import deque
+from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from offload.tiers.spec import format_size
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from offload.metrics import StepReport
 
 _ETA_WINDOW = 20
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How far a run is, in the three forms in which that is shown.
+
+    ``title`` stands before the bar, ``rows`` below it; ``line`` is the whole as one plain line,
+    ``values`` the same for programs.
+    """
+
+    title: str
+    done: int
+    total: int
+    left_s: float
+    rows: tuple[tuple[str, ...], ...]
+    line: str
+    values: dict[str, Any]
 
 
 class Observer(Protocol):
@@ -24,6 +40,8 @@ class Observer(Protocol):
     def begin(self, first_step: int, last_step: int) -> None: ...
 
     def step(self, report: StepReport) -> None: ...
+
+    def show(self, view: View) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -94,6 +112,9 @@ class PlainProgress:
         left_s = self._remaining.after(report)
         self.note(step_line(report, self._remaining.last_step, left_s))
 
+    def show(self, view: View) -> None:
+        self.note(view.line)
+
     def note(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
@@ -115,6 +136,9 @@ class JsonProgress:
 
     def step(self, report: StepReport) -> None:
         self.event("step", report.to_dict())
+
+    def show(self, view: View) -> None:
+        self.event("step", view.values)
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -145,7 +169,12 @@ class LiveProgress:
     def step(self, report: StepReport) -> None:
         if report.eval_loss is not None:
             self._eval_loss = report.eval_loss
-        self._live.update(self._panel(report, self._remaining.after(report)), refresh=True)
+        left_s, last_step = self._remaining.after(report), self._remaining.last_step
+        self._draw(f"step {report.step}/{last_step}", report.step, last_step, left_s,
+                   self._rows(report))  # fmt: skip
+
+    def show(self, view: View) -> None:
+        self._draw(view.title, view.done, view.total, view.left_s, view.rows)
 
     def note(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False)
@@ -156,25 +185,30 @@ class LiveProgress:
     def close(self) -> None:
         self._live.stop()
 
-    def _panel(self, report: StepReport, remaining_s: float) -> Table:
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-
-        last_step = self._remaining.last_step
+    def _rows(self, report: StepReport) -> tuple[tuple[str, ...], ...]:
         loss = f"{report.loss:.4f}"
         if self._eval_loss is not None:
             loss += f"  (held out {self._eval_loss:.4f})"
+        holds = (("holds", tiers_text(report)),) if report.tier_bytes else ()
+        return (
+            ("loss", loss, f"lr {report.lr:.2e}"),
+            ("speed", f"{report.tokens_per_s:,.0f} tokens/s", bound_text(report)),
+            *holds,
+        )
+
+    def _draw(
+        self, title: str, done: int, total: int, left_s: float, rows: tuple[tuple[str, ...], ...]
+    ) -> None:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
         panel = Table.grid(padding=(0, 2))
         panel.add_row(
-            f"step {report.step}/{last_step}",
-            ProgressBar(total=last_step, completed=report.step, width=40),
-            f"left {duration(remaining_s)}",
+            title, ProgressBar(total=total, completed=done, width=40), f"left {duration(left_s)}"
         )
-        panel.add_row("loss", loss, f"lr {report.lr:.2e}")
-        panel.add_row("speed", f"{report.tokens_per_s:,.0f} tokens/s", bound_text(report))
-        if report.tier_bytes:
-            panel.add_row("holds", tiers_text(report))
-        return panel
+        for row in rows:
+            panel.add_row(*row)
+        self._live.update(panel, refresh=True)
 
 
 def choose_observer(*, as_json: bool) -> Observer:

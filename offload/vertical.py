@@ -17,14 +17,12 @@ gradient is touched.
 
 from __future__ import annotations
 
-import contextvars
 import random
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +33,7 @@ from offload.hooks import Hooks
 from offload.parts import Parts
 from offload.passes import Before
 from offload.prefetch.trace import Need
+from offload.ring import InRing, Ring, run_in_turns
 from offload.steps import Kind, Mode
 from offload.tiers.spec import format_size
 
@@ -150,50 +149,23 @@ class _Unsuitable(Exception):  # noqa: N818 (says what it is)
     """The vertical order would change bits, and no gradient has been touched."""
 
 
-class _Ended(BaseException):
-    """Unwinds a pass."""
-
-
-class _Ring:
-    """The baton: exactly one of ``count`` threads has it, or the caller has."""
+class _Ring(Ring):
+    """The baton of training passes: all forward passes end before a backward pass begins."""
 
     def __init__(
         self, count: int, hold: Callable[[bool], None], lacking_bytes: Callable[[], int]
     ) -> None:
-        self.error: BaseException | None = None
+        super().__init__(count, lambda index: hold(index != count - 1))
         self.in_backward = False
-        self.over = threading.Semaphore(0)
-        self._go = [threading.Semaphore(0) for _ in range(count)]
-        self._in = list(range(count))
         self._met = 0
-        self._hold = hold
         self._lacking_bytes = lacking_bytes
         self._random = _random_state()
 
-    def begin(self) -> None:
-        """The first one runs."""
-        self._go[0].release()
-
-    def await_turn(self, index: int) -> None:
-        """Wait for the baton. Raises _Ended when there is nothing more to do."""
-        self._go[index].acquire()
-        if self.error is not None:
-            raise _Ended
-        self._hold(index != len(self._go) - 1)
-
-    def pass_on(self, index: int) -> None:
-        """Let the others have their turns."""
-        self._check()
-        after = self._after(index)
-        if after != index:
-            self._go[after].release()
-            self.await_turn(index)
-
     def meet(self, index: int) -> None:
         """Wait until all are here; the first one goes on first."""
-        self._check()
+        self.check()
         self._met += 1
-        while self._met < len(self._go):
+        while self._met < self.count:
             self.pass_on(index)
         if not self.in_backward and self._lacking_bytes() > 0:
             raise _Unsuitable(
@@ -204,9 +176,9 @@ class _Ring:
             self.pass_on(index)
         self.in_backward = True
 
-    def _check(self) -> None:
-        if self.error is not None:
-            raise _Ended
+    def check(self) -> None:
+        """Raises Ended, or _Unsuitable once a forward pass has drawn random numbers."""
+        super().check()
         if not self.in_backward and self.random_moved:
             raise _Unsuitable(
                 "the forward pass draws random numbers (dropout?), each micro-batch in its turn"
@@ -218,40 +190,24 @@ class _Ring:
         now = _random_state()
         return not torch.equal(self._random[0], now[0]) or self._random[1] != now[1]
 
-    def fail(self, error: BaseException) -> None:
-        """All others end at their next turn. The first error is the one to be seen."""
-        if self.error is None:
-            self.error = error
 
-    def leave(self, index: int) -> None:
-        """This one is over."""
-        after = self._after(index)
-        self._in.remove(index)
-        (self._go[after] if self._in else self.over).release()
-
-    def _after(self, index: int) -> int:
-        return next((i for i in self._in if i > index), self._in[0])
-
-
-class _Turn:
+class _Turn(InRing):
     """One micro-batch's place in the ring. Implements ``passes.Turn``."""
 
+    infers = False  # an evaluation within it is no pass of the ring
+
     def __init__(self, ring: _Ring, index: int, earlier: list[_Turn]) -> None:
+        super().__init__(ring, index)
         self.over = False
         self.has: set[Home] = set()  # parameters whose gradient it has added
-        self._ring = ring
-        self._index = index
         self._earlier = earlier
-        self._last: tuple[Need, ...] = ()
         self._hidden: dict[Home, bool] = {}  # parameters used; whether the graph sees the use
 
     def unit(self, needs: tuple[Need, ...], homes: list[Home], *, in_backward: bool) -> None:
         """Other weights than before are about to be used."""
         if not in_backward:
             self._check(homes)
-        if needs != self._last:
-            self._last = needs
-            self._ring.pass_on(self._index)
+        super().unit(needs, homes, in_backward=in_backward)
 
     def gradient(self, home: Home) -> None:
         """Wait until it is this micro-batch's turn to add its gradient."""
@@ -279,63 +235,23 @@ class _Turn:
 def _run(ring: _Ring, hooks: Hooks, works: list[Work]) -> list[Tensor]:
     """All passes; errors are left in the ring. Every thread has ended when this returns."""
     losses: dict[int, Tensor] = {}
-    mode, turns = _caller_state(), list[_Turn]()
+    turns = list[_Turn]()
+    for index in range(len(works)):
+        turns.append(_Turn(ring, index, turns[:]))
 
     def work(index: int) -> None:
         turn = turns[index]
         try:
-            ring.await_turn(index)
-            with mode(), hooks.taking_turns(turn):
+            with hooks.taking_turns(turn):
                 loss = works[index]()
                 losses[index] = loss.detach()
                 ring.meet(index)
                 loss.backward()
-        except _Ended:
-            pass
-        except BaseException as error:
-            ring.fail(error)
         finally:
             turn.over = True
-            ring.leave(index)
 
-    threads = []
-    for index in range(len(works)):
-        turns.append(_Turn(ring, index, turns[:]))
-        target = partial(contextvars.copy_context().run, work, index)
-        name = f"offload-micro-batch-{index}"
-        threads.append(threading.Thread(target=target, name=name, daemon=True))
-    for thread in threads:
-        thread.start()
-    ring.begin()
-    _await(ring)
-    for thread in threads:
-        thread.join()
+    run_in_turns(ring, [partial(work, index) for index in range(len(works))])
     return [losses[i] for i in sorted(losses)]
-
-
-def _await(ring: _Ring) -> None:
-    """Wait for all to be over; an interrupt ends them at their next turns."""
-    while True:
-        try:
-            ring.over.acquire()
-            return
-        except BaseException as error:  # a KeyboardInterrupt: this thread does nothing else
-            ring.fail(error)
-
-
-def _caller_state() -> Callable[[], Any]:
-    """A context that gives another thread the grad mode and autocast of this one."""
-    device = "cpu"
-    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    caches, threads = torch.is_autocast_cache_enabled(), torch.get_num_threads()
-
-    @contextmanager
-    def state() -> Iterator[None]:
-        torch.set_num_threads(threads)  # else some kernels take the default in a new thread
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled, caches):
-            yield
-
-    return state
 
 
 def _random_state() -> tuple[Tensor, object]:

@@ -1,0 +1,227 @@
+"""Generation for throughput: every step loads each unit's weights once for all rows there are.
+
+One step is one forward pass of every cohort (see places.py), new ones with their prompts, others
+with one token a row. Cohorts run the unmodified model side by side, as in ring.py: all pass a
+unit before the next is loaded, which is FlexGen's block schedule (Sheng et al. 2023). Rows that
+end leave at once, and others take their places.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.blockroom import block_cost, largest_unit_bytes
+from offload.calls import Call
+from offload.cohort import Cohort, Dialect, dynamic_caches
+from offload.ending import Ending
+from offload.errors import OffloadError
+from offload.hooks import Hooks
+from offload.parts import Parts
+from offload.places import BlockPlan, Places, choose_block
+from offload.ring import InRing, Ring, run_in_turns
+from offload.sampling import Picker, Sampling
+from offload.steps import Kind
+from offload.tiers import vm
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One finished row. ``tokens``: what was generated, the end token too; ``text``: without it,
+    up to a stop string, None without a tokenizer; ``reason``: "eos", "stop" or "length".
+    """
+
+    index: int
+    tokens: tuple[int, ...]
+    reason: str
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStep:
+    """What one step did. ``new_tokens``: one for each row that had a place; ``prompt_tokens``: of
+    the rows that began; ``bound_s``: the least that a step like this can take, None: not known.
+    """
+
+    finished: tuple[Row, ...]
+    new_tokens: int
+    prompt_tokens: int
+    step_s: float
+    bound_s: float | None
+    micro_batches: int
+
+
+class Block:
+    """Runs rows of prompts (token ids, by the number that a row is called and seeded by).
+
+    Without ``plan`` as many rows at once as fit beside the weights. Raises OffloadError for models
+    whose rows cannot be taken apart; ``steps`` raises BudgetError where there is no room.
+    """
+
+    def __init__(
+        self, model: nn.Module, parts: Parts, prompts: Mapping[int, Sequence[int]],
+        ending: Ending, sampling: Sampling, plan: BlockPlan | None = None,
+    ) -> None:  # fmt: skip
+        self._model = model
+        self._parts = parts
+        self._prompts = prompts
+        self._ending = ending
+        self._picker = Picker(sampling)
+        self._dialect = Dialect.of(model)
+        lengths = {row: len(prompt) for row, prompt in prompts.items()}
+        cost, sizes = block_cost(model), list(lengths.values())
+        room_bytes = parts.engine.ledger.capacity_bytes - largest_unit_bytes(model)
+        self.plan = plan or choose_block(sizes, ending.new_tokens, cost, room_bytes)
+        self.reserved_bytes = cost.of(self.plan, sizes, ending.new_tokens)
+        self._places = Places(lengths, self.plan, pads=self._dialect.pads)
+
+    def steps(self) -> Generator[BlockStep, None, None]:
+        """Until every row has ended. Memory is given back when this ends or is closed."""
+        new_cache = dynamic_caches(self._model)
+        cohorts: list[Cohort] = []
+        written: dict[int, list[int]] = {}
+        with _evaluating(self._model), _reserved(self._parts, self.reserved_bytes):
+            while not self._places.over:
+                began_s = time.perf_counter()
+                begun = self._places.admit()
+                for rows in begun:
+                    prompts = [self._prompts[row] for row in rows]
+                    cohorts.append(Cohort(rows, prompts, new_cache(), self._dialect))
+                picked = self._forward(cohorts)
+                finished = self._settle(cohorts, picked, written)
+                cohorts = [cohort for cohort in cohorts if cohort.rows]
+                yield BlockStep(
+                    finished=finished,
+                    new_tokens=sum(map(len, picked)),
+                    prompt_tokens=sum(len(self._prompts[row]) for rows in begun for row in rows),
+                    step_s=time.perf_counter() - began_s,
+                    bound_s=_bound_s(self._parts),
+                    micro_batches=len(picked),
+                )
+
+    def _forward(self, cohorts: Sequence[Cohort]) -> list[list[int]]:
+        """The next token of each row of each cohort."""
+        picked: list[list[int]] = [[] for _ in cohorts]
+
+        def work(index: int) -> None:
+            with torch.no_grad():
+                logits = cohorts[index].forward(self._model)
+                picked[index] = self._picker.pick(logits, cohorts[index].rows)
+
+        _one_step(self._parts, _call(cohorts), [partial(work, i) for i in range(len(cohorts))])
+        # Keys and values that grow are copied, and malloc keeps what they leave, for each thread.
+        vm.return_freed_memory()
+        return picked
+
+    def _settle(
+        self, cohorts: Sequence[Cohort], picked: list[list[int]], written: dict[int, list[int]]
+    ) -> tuple[Row, ...]:
+        """Give the rows their tokens; those that end by them are taken out."""
+        finished: list[Row] = []
+        for cohort, tokens in zip(cohorts, picked, strict=True):
+            going = []
+            for row, token in zip(cohort.rows, tokens, strict=True):
+                new = written.setdefault(row, [])
+                new.append(token)
+                reason = self._ending.reason(len(self._prompts[row]), new)
+                if reason is None:
+                    going.append(row)
+                    continue
+                text = self._ending.text(new, reason)
+                finished.append(Row(row, tuple(written.pop(row)), reason, text))
+                self._places.leave(row)
+                self._picker.forget(row)
+            cohort.push(tokens)
+            cohort.keep(going)
+        return tuple(finished)
+
+
+def _call(cohorts: Sequence[Cohort]) -> Call:
+    """What one step of all of them is planned as."""
+    calls = [cohort.call for cohort in cohorts]
+    goes_on = all(call.goes_on for call in calls)
+    return Call("", goes_on, sum(c.tokens for c in calls), sum(c.extent for c in calls))
+
+
+def _one_step(parts: Parts, call: Call, works: Sequence[Callable[[], None]]) -> None:
+    """One forward pass in each of ``works``, all together one step, side by side."""
+    hooks = parts.hooks
+    if hooks is None:
+        raise OffloadError("generate(): this run is closed")
+    if not isinstance(hooks, Hooks):  # frames: one after the other
+        for work in works:
+            work()
+        return
+    with hooks.one_step(call):
+        if len(works) == 1 or parts.engine.space.disk is None:
+            for work in works:
+                work()
+            return
+        ring = Ring(len(works))
+        run_in_turns(ring, [partial(_in_turn, hooks, InRing(ring, i), w)
+                            for i, w in enumerate(works)])  # fmt: skip
+        error, ring.error = ring.error, None  # no cycle
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
+
+
+def _in_turn(hooks: Hooks, turn: InRing, work: Callable[[], None]) -> None:
+    with hooks.taking_turns(turn):
+        work()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout meanwhile; each module is then again as it was."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
+@contextmanager
+def _reserved(parts: Parts, size_bytes: int) -> Iterator[None]:
+    """Memory for keys, values and activations, taken once, so that plans can count on the rest."""
+    engine, steps = parts.engine, parts.steps
+    engine.take_other(size_bytes, "the block of rows to generate (keys, values, activations)")
+    steps.forget(Kind.INFER)  # planned with other room
+    try:
+        yield
+    finally:
+        engine.ledger.give_other(size_bytes)
+        steps.forget(Kind.INFER)
+
+
+def _bound_s(parts: Parts) -> float | None:
+    """The bound of the inference step that is planned now."""
+    follower = parts.steps.tracks[Kind.INFER].follower
+    return follower.plan.forecast.bound_s if follower is not None else None
+
+
+def generation_config(model: Any) -> Any:
+    """The model's own. Raises OffloadError for what is no Hugging Face decoder."""
+    config = getattr(model, "generation_config", None)
+    if config is None or getattr(model, "config", None) is None:
+        raise OffloadError(
+            f"{type(model).__name__} has no generation_config: runtime.generate() is for Hugging "
+            "Face models that can generate"
+        )
+    if model.config.is_encoder_decoder:
+        raise OffloadError(
+            f"{type(model).__name__} has an encoder: runtime.generate() is for decoders alone; "
+            "use model.generate(), a batch at a time"
+        )
+    return config

@@ -1,0 +1,128 @@
+"""The output of ``offload generate``: rows as they end, each once, whatever kills the process.
+
+A row is one line, flushed to the disk with the others of its step before the next one. Beside
+``FILE`` stands ``FILE.run.json``, which says how the rows were made: who goes on with the file must
+make the rest in the same way.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from offload.runconfig import InputError
+
+
+class RowFile:
+    """Open for appending, by one process at a time. ``done``: the ids of the rows that are there.
+
+    ``identity``: what must not change between runs that write to one file; ``known``: the ids of
+    all rows there will be. Raises InputError where the file is another's, or damaged in its midst;
+    a torn last line, of a run that was killed, is cut off.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], known: Iterable[str | int]) -> None:
+        self._path = path
+        self._about = path.with_name(path.name + ".run.json")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}; check --out") from error
+        try:
+            self._lock()
+            self.done = self._read(set(known))
+            self._check(dict(identity))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """These rows are on the disk when this returns."""
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if data:
+            self._file.write(data.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"another process is writing {self._path}; wait for it, or give another --out"
+            ) from error
+
+    def _read(self, known: set[str | int]) -> set[str | int]:
+        """The ids that are there, after the torn end was cut off."""
+        self._file.seek(0)
+        lines = self._file.read().splitlines(keepends=True)
+        done: set[str | int] = set()
+        whole_bytes = 0
+        for number, line in enumerate(lines, 1):
+            name = _id_of(line)
+            if name is None and number == len(lines):
+                break
+            if name is None or name not in known or name in done:
+                what = "is no row" if name is None else f"has the id {name!r}, "
+                why = "" if name is None else "twice" if name in done else "no prompt's"
+                raise InputError(
+                    f"{self._path}:{number} {what}{why}: the file is not of these prompts; give "
+                    "another --out"
+                )
+            done.add(name)
+            whole_bytes += len(line)
+        self._file.truncate(whole_bytes)
+        return done
+
+    def _check(self, identity: dict[str, Any]) -> None:
+        """Made with the same settings as what is there."""
+        if not self.done:
+            fresh = self._about.with_suffix(".tmp")
+            fresh.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+            os.replace(fresh, self._about)
+            return
+        try:
+            before = json.loads(self._about.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self._path} has rows, but {self._about.name}, which says how they were made, "
+                "cannot be read; give another --out"
+            ) from error
+        changed = [
+            f"{key} {before.get(key)!r} (now {identity.get(key)!r})"
+            for key in sorted(before.keys() | identity.keys())
+            if before.get(key) != identity.get(key)
+        ]
+        if changed:
+            raise InputError(
+                f"the rows in {self._path} were made with {', '.join(changed)}; go on with the "
+                "same, or give another --out"
+            )
+
+
+def _id_of(line: bytes) -> str | int | None:
+    """The id of a whole row; None: it is none."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        found = json.loads(line)
+        name = found["id"]
+        whole = "finish_reason" in found and "text" in found
+    except (ValueError, KeyError, TypeError):
+        return None
+    return name if whole and isinstance(name, str | int) else None
