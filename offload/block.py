@@ -123,8 +123,10 @@ class Block:
                 logits = cohorts[index].forward(self._model)
                 picked[index] = self._picker.pick(logits, cohorts[index].rows)
 
-        _one_step(self._parts, _call(cohorts), [partial(work, i) for i in range(len(cohorts))])
-        # transformers' caches are copied as they grow; malloc keeps what they leave, by thread.
+        works, cost = [partial(work, i) for i in range(len(cohorts))], self._provision.caches.cost
+        turn_bytes = max(cost.turn_bytes(c.call.tokens, c.call.extent // 2) for c in cohorts)
+        _one_step(self._parts, _call(cohorts), works, turn_bytes)
+        # transformers' caches are copied as they grow, and malloc keeps what they leave.
         self._parts.engine.ledger.passed(self._provision.passing_bytes)
         return picked
 
@@ -158,7 +160,9 @@ def _call(cohorts: Sequence[Cohort]) -> Call:
     return Call("", goes_on, sum(c.tokens for c in calls), sum(c.extent for c in calls))
 
 
-def _one_step(parts: Parts, call: Call, works: Sequence[Callable[[], None]]) -> None:
+def _one_step(
+    parts: Parts, call: Call, works: Sequence[Callable[[], None]], turn_bytes: int
+) -> None:
     """One forward pass in each of ``works``, all together one step, side by side."""
     hooks = parts.hooks
     if hooks is None:
@@ -172,7 +176,8 @@ def _one_step(parts: Parts, call: Call, works: Sequence[Callable[[], None]]) -> 
             for work in works:
                 work()
             return
-        ring = Ring(len(works))
+        # Each thread has a malloc arena of its own, which keeps what its pass gives back.
+        ring = Ring(len(works), lambda _: parts.engine.ledger.passed(turn_bytes))
         run_in_turns(ring, [partial(_in_turn, hooks, InRing(ring, i), w)
                             for i, w in enumerate(works)])  # fmt: skip
         error, ring.error = ring.error, None  # no cycle

@@ -70,7 +70,7 @@ class BlockCost:
     ``position_bytes``: keys and values of one token that are in memory as a whole, those beyond
     ``kv``; ``token_bytes``: activations of one token in
     the pass that runs; ``waiting_bytes``: in a pass that waits for its turn; ``row_bytes``: of
-    each row whatever its length (logits).
+    each row whatever its length (logits); ``layers``: that keep keys and values.
     """
 
     position_bytes: int
@@ -78,6 +78,7 @@ class BlockCost:
     waiting_bytes: int
     row_bytes: int
     kv: KVCost | None = None
+    layers: int = 1
 
     def of(self, plan: BlockPlan, lengths: Sequence[int], new_tokens: int) -> int:
         """What a block needs at most, of prompts of these lengths.
@@ -87,6 +88,10 @@ class BlockCost:
         """
         kept_bytes = self.kv.memory_bytes if self.kv is not None else 0
         return kept_bytes + self._rows_bytes(plan, lengths, new_tokens)
+
+    def turn_bytes(self, tokens: int, seen: int) -> int:
+        """What a pass may take and give back while it has its turn: at most a layer's."""
+        return self.token_bytes * tokens + self.position_bytes * seen // self.layers
 
     def fits(
         self, plan: BlockPlan, lengths: Sequence[int], new_tokens: int, room_bytes: int

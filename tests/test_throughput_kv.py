@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload.block import BlockStep, Row
-from offload.blockcaches import KVAsked, caches_for
+from offload.block import BlockStep
 from offload.errors import BudgetError, OffloadError
 from offload.places import BlockPlan
 from offload.sampling import Sampling
@@ -27,7 +26,8 @@ def build(name: str = "llama", layers: int = 4, ends: tuple[int, ...] = ()) -> A
     import transformers as t
 
     sizes = {
-        "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": layers,
+        "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 32,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
         "head_dim": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": list(ends) or None,
     }  # fmt: skip
@@ -63,9 +63,9 @@ def end(run: Runtime) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "plan", "memory"),
     [
-        ("llama", BlockPlan(4), 280 * KIB),
-        ("llama", BlockPlan(2, 3), 450 * KIB),
-        ("gemma2", BlockPlan(2, 3), 280 * KIB),  # every other layer has a sliding window
+        ("llama", BlockPlan(4), 220 * KIB),
+        ("llama", BlockPlan(2, 3), 330 * KIB),
+        ("gemma2", BlockPlan(2, 3), 240 * KIB),  # every other layer has a sliding window
     ],
 )
 def test_rows_that_end_and_begin_are_those_of_plain_caches(
@@ -110,3 +110,40 @@ def test_a_block_of_four_times_the_host_budget(manage: Manager) -> None:
     moved = written.moved_bytes - before
     assert tokens * token_bytes - memory <= moved == told["written_bytes"]
     assert moved <= tokens * token_bytes
+
+
+def test_fewer_bits_in_the_memory_that_is_left(manage: Manager) -> None:
+    asked = prompts(4, 40, 48)
+    wanted = manage(build()).generate(asked, 4, plan=BlockPlan(2, 2))
+    run = manage(build(), host_bytes=2 * MIB)
+    rows = run.generate(asked, 4, plan=BlockPlan(2, 2), kv_dtype="int4")
+    assert [row.tokens[0] for row in rows] == [row.tokens[0] for row in wanted], "coded after it"
+    assert run.parts.kv is not None
+    assert 0 < run.parts.kv.room.limit_bytes < MIB
+    end(run)
+
+
+def test_without_a_plan_as_many_rows_as_the_memory_serves(manage: Manager) -> None:
+    most = {}
+    for memory in (256 * KIB, 640 * KIB):
+        run = manage(build(), host_bytes=4 * MIB)
+        steps: list[BlockStep] = []
+        assert len(run.generate(prompts(24), 4, kv_memory=memory, on_step=steps.append)) == 24
+        most[memory] = max(step.new_tokens for step in steps)
+        end(run)
+    assert 1 < most[256 * KIB] < most[640 * KIB]
+
+
+def test_what_cannot_be_is_refused_and_nothing_stays_taken(manage: Manager) -> None:
+    run = manage(build(), host_bytes=MIB)
+    with pytest.raises(BudgetError, match="kv_memory"):
+        run.generate(prompts(6), 30, plan=BlockPlan(2, 3), kv_memory=100 * KIB)
+    end(run)
+    with pytest.raises(OffloadError, match="more than"):
+        run.generate(prompts(6), 4, kv_memory=2 * MIB)
+    with pytest.raises(ValueError, match="int4, int2"):
+        run.generate(prompts(6), 4, kv_dtype="int3")
+    with pytest.raises(OffloadError, match="sliding windows in all layers"):
+        manage(build("mistral")).generate(prompts(2), 4, kv_memory=MIB)
+    assert len(run.generate(prompts(6), 4, kv_memory=400 * KIB)) == 6
+    end(run)
