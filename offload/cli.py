@@ -17,6 +17,7 @@ except ModuleNotFoundError as missing:
 
 from offload import __version__
 from offload.errors import OffloadError
+from offload.plan_cli import plan as plan_command
 from offload.runconfig import (
     InputError,
     MemoryConfig,
@@ -109,6 +110,9 @@ def finetune(
     # Every parameter above is read from the context, by its name.
     given = {FLAGS[k]: v for k, v in context.params.items() if k in FLAGS and v is not None}
     _run(effective_config(given, config, resume=resume), resume=resume, as_json=as_json)
+
+
+app.command("plan")(plan_command)
 
 
 @app.command()

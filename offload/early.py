@@ -123,10 +123,8 @@ class EarlyUpdate:
     def end_step(self, steps: Steps) -> None:
         """``optimizer.step()`` is over: after the first one, decide whether to go on early."""
         if self.active:
-            for (
-                size_bytes
-            ) in self._kept.values():  # of incomplete groups: gradients stay to be seen
-                self._engine.ledger.give_other(size_bytes)
+            # Of incomplete groups: gradients stay to be seen.
+            self._engine.ledger.give_other(sum(self._kept.values()))
             self._kept.clear()
             self._board = self._board.again()
         elif self._arrivals and not self._declined and not steps.fits(Kind.TRAIN):

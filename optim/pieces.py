@@ -136,8 +136,7 @@ def flatten(source: Source) -> None:
 
     Whole are scalars and empty tensors, what fits one piece, and what has no flat view. What has
     narrowed state, which is contiguous and elementwise, is always cut; so is a gradient that is
-    converted, where possible: a whole state may be what the optimizer made of the gradient's own
-    memory, which is used again.
+    converted, where possible: it is then converted into memory that is in the cache.
     """
     segment, param = source.segment, source.segment.param
     if (segment.start, segment.stop) == (0, param.numel()):

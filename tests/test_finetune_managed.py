@@ -73,7 +73,7 @@ def _run(
     losses, engine = Losses(stop_at), Watched()
     config = replace(config, optimizer=told, output=f"{config.output}-{name}")
     finetune(config, resume=resume, observer=losses, engine=engine)
-    assert engine.runs[-1].stats()["counters"]["evictions"] > 10
+    assert engine.runs[-1].stats()["counters"]["evictions"] > 0
     return losses.seen, engine.early
 
 

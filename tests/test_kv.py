@@ -133,7 +133,10 @@ def test_four_times_the_host_budget(manage: Manager) -> None:
     assert same(generate(run.model, cache, rows=rows, new=NEW), expected)
     tokens = cache.get_seq_length()
     assert tokens * token_bytes > 4 * budget
-    assert written.moved_bytes == stats(cache)["written_bytes"] <= tokens * token_bytes
+    assert stats(cache)["written_bytes"] <= tokens * token_bytes
+    # The lane is that of the weights too, and each of those is written once, when it first leaves.
+    weight_bytes = sum(p.numel() * p.element_size() for p in run.model.parameters())
+    assert written.moved_bytes - stats(cache)["written_bytes"] <= 1.1 * weight_bytes
     assert run.stats()["tiers"]["host"]["peak_bytes"] <= budget
     close(run, cache)
 

@@ -121,7 +121,8 @@ def test_unlimited(cases: Cases, manage: Manager, name: str, checkpointing: str)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_half(cases: Cases, manage: Manager, name: str) -> None:
     case = cases.get(name, OFF, manage)
-    check(cases, manage, case, case.all_bytes // 2)
+    # A good plan may let state go instead of weights: that chunks moved is checked all the same.
+    check(cases, manage, case, case.all_bytes // 2, least_gone=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import Any
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -97,3 +99,51 @@ class Machine:
     def to_dict(self) -> dict[str, float]:
         """The fields as plain numbers, for JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Measured rates of a processor for one weight type.
+
+    ``product_s``: (tokens, seconds for each weight of a product with so many tokens), ascending;
+    the first is a product with one vector. ``attend_bytes_per_s``: keys and values that attention
+    for one token goes through, joining the new token to them included. ``disk_share``:
+    of the disk's lone rate, what a managed pass reaches; ``drag``: seconds that each lone second
+    of reading takes from the processor.
+    """
+
+    product_s: tuple[tuple[int, float], ...]
+    attend_bytes_per_s: float
+    disk_share: float = 1.0
+    drag: float = 0.0
+
+    def __post_init__(self) -> None:
+        tokens = [t for t, _ in self.product_s]
+        if not tokens or tokens != sorted(set(tokens)) or tokens[0] < 1:
+            raise ValueError(f"products must be for ascending numbers of tokens, not {tokens}")
+        if not (0 < self.disk_share <= 1 and self.drag >= 0):
+            raise ValueError("disk_share must be above 0 and at most 1, and drag at least 0")
+
+    def weight_s(self, tokens: float) -> float:
+        """Seconds for each weight of a product with so many tokens: linear between measurements.
+
+        Beyond the last one each token takes as long as in that; below the first, all of it.
+        """
+        points = self.product_s
+        at = bisect_left([t for t, _ in points], tokens)
+        if at == 0:
+            return points[0][1]
+        if at == len(points):
+            return points[-1][1] * tokens / points[-1][0]
+        (t0, s0), (t1, s1) = points[at - 1], points[at]
+        return s0 + (s1 - s0) * (tokens - t0) / (t1 - t0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(found: dict[str, Any]) -> Compute:
+        """From ``to_dict``. Raises TypeError, KeyError or ValueError for anything else."""
+        points = tuple((int(t), float(s)) for t, s in found["product_s"])
+        return Compute(**(found | {"product_s": points}))

@@ -1,0 +1,118 @@
+"""Constants for the search, fitted from a few layers of the very model.
+
+They run with random weights and several numbers of tokens: that is what products, with norms, calls
+and whatever else the model does, take. What reading beside them costs is not fitted here: a sample
+small enough to be quick has too little room to read ahead in to be typical (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.prefetch.generation import Weights
+from offload.shape import layers_of, model_of, read_shape, weight_type
+from offload.tiers.compute_probe import attend_rate
+from offload.tiers.probe import remembered_at
+from offload.tiers.spec import MIB, Compute
+
+TOKENS = (1, 2, 8, 32, 128, 512)
+SAMPLE_BYTES = 192 * MIB  # of layers: more than a cache holds
+
+
+def cached_calibration(config: Any, weight_dtype: str | None, folder: Path) -> Compute:
+    """The last calibration for such layers and threads, or a new one, which is then kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    said = {k: v for k, v in sorted(config.to_dict().items()) if k not in ("_name_or_path",)}
+    asked = [said, weight_dtype, torch.get_num_threads(), torch.__version__]
+    name = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
+    kept = remembered_at(folder)
+    kept = kept.with_name(f"compute-{name}-{kept.name.partition('-')[2]}")
+    try:
+        return Compute.from_dict(json.loads(kept.read_text()))
+    except (OSError, ValueError, TypeError, KeyError):
+        found = calibrate(config, weight_dtype)
+    with contextlib.suppress(OSError):  # then the next one measures again
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found.to_dict()))
+    return found
+
+
+def calibrate(config: Any, weight_dtype: str | None) -> Compute:
+    """Measure; some five seconds. Needs memory for some layers: 192 MiB of them, or two."""
+    weights = read_shape(config, weight_dtype).weights
+    stored = weight_type(config, None if weight_dtype in ("int4", "int8") else weight_dtype)
+    with torch.no_grad():
+        products = _products(config, weight_dtype, weights)
+        return Compute(products, attend_rate(getattr(torch, stored)))
+
+
+def few_layers(config: Any, layers: int) -> Any:
+    """The configuration with so many layers and hardly any vocabulary."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config(decoder=True)
+    text.num_hidden_layers, text.vocab_size = layers, 256
+    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return small
+
+
+def _products(
+    config: Any, weight_dtype: str | None, weights: Weights
+) -> tuple[tuple[int, float], ...]:
+    """(tokens, seconds for each weight of a layer)."""
+    plain_bytes = read_shape(config, weight_type(config, None)).weights.layer_bytes
+    count = min(max(-(-SAMPLE_BYTES // plain_bytes), 2), weights.layers)
+    model = _floating(few_layers(config, count), weight_dtype)
+    _pack(model, weight_dtype)
+    layers, seen = layers_of(model), [0.0, 0.0]
+
+    def begin(*_: object) -> None:
+        seen[0] = time.perf_counter()
+
+    def end(*_: object) -> None:
+        seen[1] = time.perf_counter()
+
+    layers[0].register_forward_pre_hook(begin)
+    layers[-1].register_forward_hook(end)
+    found = []
+    for tokens in TOKENS:
+        taken = []
+        for _ in range(4):
+            _run(model, tokens)
+            taken.append(seen[1] - seen[0])
+        elements = len(layers) * weights.layer_elements
+        found.append((tokens, statistics.median(taken[1:]) / elements))
+    return tuple(found)
+
+
+def _floating(config: Any, weight_dtype: str | None) -> nn.Module:
+    stored = weight_type(config, None if weight_dtype in ("int4", "int8") else weight_dtype)
+    return model_of(config, stored).eval()
+
+
+def _pack(model: nn.Module, weight_dtype: str | None) -> None:
+    from offload.groupwise import format_of
+    from offload.quantised import quantise
+
+    if weight_dtype not in ("int4", "int8"):
+        return
+    form = format_of(weight_dtype)
+    assert form is not None
+    quantise(model, form, None, lambda s: torch.empty(s, dtype=torch.uint8), lambda _: None)
+
+
+def _run(model: nn.Module, tokens: int) -> None:
+    """One token in each of up to 32 rows; more as longer rows."""
+    rows = min(tokens, 32)
+    model(input_ids=torch.ones(rows, tokens // rows, dtype=torch.int64), use_cache=False)

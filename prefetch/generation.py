@@ -1,0 +1,137 @@
+"""What generating with a model larger than memory costs: shape, rates, workload, policy; data only.
+
+All bytes are of a whole model unless a name says otherwise; the time model that joins them is in
+search.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from offload.tiers.spec import Compute, Machine
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Stored bytes and, of those that are multiplied with, their number (elements).
+
+    ``head``: what follows the layers. ``lookup_bytes``: tables of which a few rows are read where
+    they lie. ``unit_bytes``: the largest module's weights, all of which its product needs at once.
+    """
+
+    layers: int
+    layer_bytes: int
+    layer_elements: int
+    head_bytes: int
+    head_elements: int
+    lookup_bytes: int
+    unit_bytes: int
+
+    @property
+    def pass_bytes(self) -> int:
+        """What one pass needs, each weight once."""
+        return self.layers * self.layer_bytes + self.head_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """All that is stored."""
+        return self.pass_bytes + self.lookup_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RowCost:
+    """Bytes that a row takes beside the weights, by token; named as in the block engine.
+
+    ``position_bytes``: keys and values of one token in all layers; ``token_bytes``: activations of
+    one token in the pass that runs; ``waiting_bytes``: in a pass that waits for its turn;
+    ``row_bytes``: whatever the length (logits). ``attention_width``: of the queries of all layers
+    together: scores against one earlier token take twice so many multiplications.
+    """
+
+    position_bytes: int
+    token_bytes: int
+    waiting_bytes: int
+    row_bytes: int
+    attention_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model as the search sees it."""
+
+    weights: Weights
+    rows: RowCost
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """So many prompts of so many tokens, each continued by ``new_tokens``.
+
+    Raises ValueError where one of them is not positive.
+    """
+
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """The disk and copies (``machine``), the host's processor and the device's, if there is one."""
+
+    machine: Machine
+    host: Compute
+    device: Compute | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Where something lies: parts of it, which sum to 1."""
+
+    device: float
+    host: float
+    disk: float
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Predicted seconds. ``prefill_s`` and ``pass_s`` (one token of every row) are of one block.
+
+    ``bound_s``: of the whole workload were each lane to run at its lone rate, all in parallel;
+    ``binding``: the lane that then takes longest.
+    """
+
+    prefill_s: float
+    pass_s: float
+    total_s: float
+    bound_s: float
+    binding: str
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How to generate: rows at once, where everything lies, and what that is predicted to take.
+
+    ``held_bytes``: at most, by tier. ``cpu_attention``: attention to keys and values that are not
+    on the device is computed on the host.
+    """
+
+    batch: int
+    micro_batches: int
+    weights: Shares
+    kv: Shares
+    hidden: Shares
+    cpu_attention: bool
+    times: Times
+    held_bytes: dict[str, float]
+    tokens_per_s: float
+
+    @property
+    def rows(self) -> int:
+        """Rows at once."""
+        return self.batch * self.micro_batches

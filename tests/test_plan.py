@@ -1,0 +1,117 @@
+"""Shapes without weights, calibration, and ``offload plan``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload import cli
+from offload.calibrate import calibrate
+from offload.shape import model_of, read_config, read_shape
+from offload.tiers.spec import Compute, Machine
+
+MACHINE = Machine(2e9, 4e9, 1e9, 1e9, 1e10)
+HOST = Compute(((1, 2e-10), (8, 3e-10), (64, 1e-9)), 5e9, disk_share=0.8, drag=0.4)
+
+
+def a_model(folder: Path, **changes: Any) -> str:
+    """A directory with the configuration of a small Llama, and no weights."""
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 1024,
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "dtype": "float32", **changes,
+    }))  # fmt: skip
+    return str(folder)
+
+
+def rates(folder: Path) -> str:
+    """Rates as --machine reads them."""
+    file = folder / "rates.json"
+    file.write_text(json.dumps({"machine": MACHINE.to_dict(), "host": HOST.to_dict()}))
+    return str(file)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """``offload ARGUMENTS`` in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["offload", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_shapes_are_exact(tmp_path: Path, tied: bool) -> None:
+    config = read_config(a_model(tmp_path, tie_word_embeddings=tied))
+    model = model_of(config, "float32")
+    weights = read_shape(config).weights
+    assert weights.total_bytes == sum(4 * p.numel() for p in model.parameters())
+    assert weights.layer_elements == 256 * (256 * 2 + 128 * 2 + 512 * 3)
+    assert weights.lookup_bytes == (0 if tied else 4 * 1024 * 256)
+    assert weights.unit_bytes == 4 * 1024 * 256
+    assert read_shape(config).rows.position_bytes == 2 * 8 * 128 * 4
+    assert read_shape(config, "bfloat16").weights.total_bytes * 2 == weights.total_bytes
+
+
+def test_packed_weights_are_counted_as_they_are_stored(tmp_path: Path) -> None:
+    weights = read_shape(read_config(a_model(tmp_path)), "int4").weights
+    assert weights.head_bytes == 1024 * 256 * 9 // 16 + 4 * 256  # 4.5 bits, and the last norm
+    assert weights.lookup_bytes == 4 * 1024 * 256
+
+
+def test_the_command_can_be_read_by_programs_and_people(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["plan", "--task", "generate", "--model", a_model(tmp_path), "--host-memory", "14MiB",
+             "--machine", rates(tmp_path), "--prompts", "4", "--new-tokens", "8"]  # fmt: skip
+    assert run(monkeypatch, *asked, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["policy"]["weights"]["disk"] > 0
+    assert said["policy"]["times"]["bound_s"] <= said["policy"]["times"]["total_s"]
+    assert Compute.from_dict(said["rates"]["host"]) == HOST
+    assert run(monkeypatch, *asked) == 0
+    words = capsys.readouterr().out
+    assert "it fits" in words
+    assert f"{said['policy']['tokens_per_s']:.2f} tokens/s" in words
+    (tmp_path / "again.json").write_text(json.dumps(said))
+    assert run(monkeypatch, *asked, "--json", "--machine", str(tmp_path / "again.json")) == 0
+    assert json.loads(capsys.readouterr().out) == said
+
+
+REFUSED = [
+    (["--task", "finetune"], "not there yet"),
+    (["--host-memory", "1MiB"], "--host-memory (at least"),
+    (["--weight-dtype", "int3"], "give one of"),
+    (["--machine", "none.json"], "no rates in"),
+    (["--model", "./none"], "no model configuration"),
+]
+
+
+@pytest.mark.parametrize(("changed", "words"), REFUSED, ids=lambda x: str(x)[:30])
+def test_what_cannot_be_planned_is_refused(
+    changed: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    asked = ["--model", a_model(tmp_path), "--host-memory", "1GiB", "--machine", rates(tmp_path)]
+    assert run(monkeypatch, "plan", *asked, *changed) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_experts_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = a_model(tmp_path, model_type="mixtral", num_local_experts=4)
+    assert run(monkeypatch, "plan", "--model", model, "--host-memory", "1GiB") == 2
+    assert "experts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weight_dtype", [None, "int4"])
+def test_layers_are_measured(tmp_path: Path, weight_dtype: str | None) -> None:
+    found = calibrate(read_config(a_model(tmp_path)), weight_dtype)
+    assert [t for t, _ in found.product_s] == [1, 2, 8, 32, 128, 512]
+    assert all(s > 0 for _, s in found.product_s)
+    assert found.attend_bytes_per_s > 0
