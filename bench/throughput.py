@@ -63,7 +63,14 @@ def child(args: argparse.Namespace) -> None:
     plan = BlockPlan(int(batch), int(count)) if count else None
     read = run.parts.engine.space.lanes["read"].meter
     began_bytes, began_s = read.moved_bytes, time.perf_counter()
-    run.generate(list(prompts), args.new, plan=plan, on_step=steps.append)
+    run.generate(
+        list(prompts),
+        args.new,
+        plan=plan,
+        kv_memory=args.kv_memory,
+        kv_dtype=args.kv_dtype,
+        on_step=steps.append,
+    )
     took_s = time.perf_counter() - began_s
     later = [s for s in steps[3:] if not s.prompt_tokens]  # planned, not recorded
     step_s = statistics.median(s.step_s for s in later)
@@ -78,6 +85,7 @@ def child(args: argparse.Namespace) -> None:
         "weight_bytes": 4 * sum(p.numel() for p in model.parameters()),
         "reserved_bytes": run.parts.engine.ledger.peak_other_bytes,
         "stall_s": run.stats()["stall_s"], "lanes": run.stats()["lanes"],
+        "kv": run.stats()["kv"], "trims": run.parts.engine.ledger.heap.trims,
     }), flush=True)  # fmt: skip
     run.close()
 
@@ -91,6 +99,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=16)
+    parser.add_argument("--kv-memory", help="keys and values in tiers, in so much memory")
+    parser.add_argument("--kv-dtype", choices=("int4", "int2"))
     parser.add_argument("--no-record", action="store_true")
     parser.add_argument("--child")
     args = parser.parse_args()
@@ -102,6 +112,8 @@ def main() -> None:
         command = [
             sys.executable, __file__, "--child", way, "--budget", args.budget, "--disk", args.disk,
             "--prompt", str(args.prompt), "--new", str(args.new), "--kv-heads", str(args.kv_heads),
+            *(["--kv-memory", args.kv_memory] if args.kv_memory else []),
+            *(["--kv-dtype", args.kv_dtype] if args.kv_dtype else []),
         ]  # fmt: skip
         ended = run_in_cgroup(command, parse_size(args.limit))
         lines = ended["lines"]
@@ -124,7 +136,8 @@ def main() -> None:
     if not args.no_record:
         append(
             "throughput", Path(args.disk), limit=args.limit, budget=args.budget,
-            prompt_tokens=args.prompt, new_tokens=args.new, kv_heads=args.kv_heads, ways=found,
+            prompt_tokens=args.prompt, new_tokens=args.new, kv_heads=args.kv_heads,
+            kv_memory=args.kv_memory, kv_dtype=args.kv_dtype, ways=found,
         )  # fmt: skip
 
 

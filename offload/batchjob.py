@@ -76,7 +76,7 @@ def generate(
         dtype = getattr(torch, config.dtype) if config.dtype else None
         model = from_pretrained(config.model, dtype=dtype, tuning=tuning, **asdict(config.memory))
         with runtime(model) as run:
-            block = make_block(run.model, run.parts, left, config.asked, job.tokenizer)
+            block = make_block(run, left, config.asked, job.tokenizer)
             observer.note(f"at most {block.plan.micro_batches} micro-batches of {block.plan.batch}")
             progress = _Progress(observer, before, len(job.lines), config.asked.max_new_tokens)
             try:
@@ -112,7 +112,8 @@ def _identity(job: _Job) -> dict[str, Any]:
     return {
         "model": config.model, "dtype": config.dtype, "prompts": fingerprint(job.lines),
         "max_new_tokens": asked.max_new_tokens, "stop": list(asked.stop),
-        "with_prompt": config.with_prompt, **asdict(asked.sampling),
+        "kv_dtype": asked.kv.kv_dtype, "with_prompt": config.with_prompt,
+        **asdict(asked.sampling),
     }  # fmt: skip
 
 

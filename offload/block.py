@@ -18,18 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.blockroom import block_cost, largest_unit_bytes
+from offload.blockcaches import Provision
 from offload.calls import Call
-from offload.cohort import Cohort, Dialect, dynamic_caches
+from offload.cohort import Cohort, Dialect
 from offload.ending import Ending
 from offload.errors import OffloadError
 from offload.hooks import Hooks
 from offload.parts import Parts
-from offload.places import BlockPlan, Places, choose_block
+from offload.places import BlockPlan, Places
 from offload.ring import InRing, Ring, run_in_turns
 from offload.sampling import Picker, Sampling
 from offload.steps import Kind
-from offload.tiers import vm
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +60,13 @@ class BlockStep:
 class Block:
     """Runs rows of prompts (token ids, by the number that a row is called and seeded by).
 
-    Without ``plan`` as many rows at once as fit beside the weights. Raises OffloadError for models
-    whose rows cannot be taken apart; ``steps`` raises BudgetError where there is no room.
+    ``provision``: how many at once, and the caches. ``steps`` raises BudgetError where there is no
+    room.
     """
 
     def __init__(
         self, model: nn.Module, parts: Parts, prompts: Mapping[int, Sequence[int]],
-        ending: Ending, sampling: Sampling, plan: BlockPlan | None = None,
+        ending: Ending, sampling: Sampling, provision: Provision,
     ) -> None:  # fmt: skip
         self._model = model
         self._parts = parts
@@ -75,27 +74,36 @@ class Block:
         self._ending = ending
         self._picker = Picker(sampling)
         self._dialect = Dialect.of(model)
+        self._provision = provision
         lengths = {row: len(prompt) for row, prompt in prompts.items()}
-        cost, sizes = block_cost(model), list(lengths.values())
-        room_bytes = parts.engine.ledger.capacity_bytes - largest_unit_bytes(model)
-        self.plan = plan or choose_block(sizes, ending.new_tokens, cost, room_bytes)
-        self.reserved_bytes = cost.of(self.plan, sizes, ending.new_tokens)
-        self._places = Places(lengths, self.plan, pads=self._dialect.pads)
+        self._places = Places(lengths, provision.plan, pads=self._dialect.pads)
+
+    @property
+    def plan(self) -> BlockPlan:
+        """How many rows at once."""
+        return self._provision.plan
 
     def steps(self) -> Generator[BlockStep, None, None]:
         """Until every row has ended. Memory is given back when this ends or is closed."""
-        new_cache = dynamic_caches(self._model)
+        provision, caches = self._provision, self._provision.caches
         cohorts: list[Cohort] = []
         written: dict[int, list[int]] = {}
-        with _evaluating(self._model), _reserved(self._parts, self.reserved_bytes):
+        with (
+            _evaluating(self._model),
+            caches.opened(provision.plan),
+            _reserved(self._parts, provision.reserved_bytes),
+        ):
             while not self._places.over:
                 began_s = time.perf_counter()
                 begun = self._places.admit()
                 for rows in begun:
                     prompts = [self._prompts[row] for row in rows]
-                    cohorts.append(Cohort(rows, prompts, new_cache(), self._dialect))
+                    cohorts.append(Cohort(rows, prompts, caches.new(), self._dialect))
                 picked = self._forward(cohorts)
                 finished = self._settle(cohorts, picked, written)
+                for cohort in cohorts:
+                    if not cohort.rows:
+                        caches.end(cohort.cache)
                 cohorts = [cohort for cohort in cohorts if cohort.rows]
                 yield BlockStep(
                     finished=finished,
@@ -115,9 +123,11 @@ class Block:
                 logits = cohorts[index].forward(self._model)
                 picked[index] = self._picker.pick(logits, cohorts[index].rows)
 
-        _one_step(self._parts, _call(cohorts), [partial(work, i) for i in range(len(cohorts))])
-        # Keys and values that grow are copied, and malloc keeps what they leave, for each thread.
-        vm.return_freed_memory()
+        works, cost = [partial(work, i) for i in range(len(cohorts))], self._provision.caches.cost
+        turn_bytes = max(cost.turn_bytes(c.call.tokens, c.call.extent // 2) for c in cohorts)
+        _one_step(self._parts, _call(cohorts), works, turn_bytes)
+        # transformers' caches are copied as they grow, and malloc keeps what they leave.
+        self._parts.engine.ledger.passed(self._provision.passing_bytes)
         return picked
 
     def _settle(
@@ -150,7 +160,9 @@ def _call(cohorts: Sequence[Cohort]) -> Call:
     return Call("", goes_on, sum(c.tokens for c in calls), sum(c.extent for c in calls))
 
 
-def _one_step(parts: Parts, call: Call, works: Sequence[Callable[[], None]]) -> None:
+def _one_step(
+    parts: Parts, call: Call, works: Sequence[Callable[[], None]], turn_bytes: int
+) -> None:
     """One forward pass in each of ``works``, all together one step, side by side."""
     hooks = parts.hooks
     if hooks is None:
@@ -164,7 +176,8 @@ def _one_step(parts: Parts, call: Call, works: Sequence[Callable[[], None]]) -> 
             for work in works:
                 work()
             return
-        ring = Ring(len(works))
+        # Each thread has a malloc arena of its own, which keeps what its pass gives back.
+        ring = Ring(len(works), lambda _: parts.engine.ledger.passed(turn_bytes))
         run_in_turns(ring, [partial(_in_turn, hooks, InRing(ring, i), w)
                             for i, w in enumerate(works)])  # fmt: skip
         error, ring.error = ring.error, None  # no cycle

@@ -25,6 +25,7 @@ def block_cost(model: nn.Module) -> BlockCost:
         position_bytes=2 * int(text.num_hidden_layers) * kv_heads * head_width * size_bytes,
         token_bytes=(6 * width + 3 * inner + 4 * kv_heads * head_width) * size_bytes,
         waiting_bytes=3 * width * size_bytes,
+        layers=int(text.num_hidden_layers),
         row_bytes=LOGITS_COPIES * 4 * int(text.vocab_size),
     )
 

@@ -136,6 +136,10 @@ def generate(
     ] = None,
     batch: Annotated[_Whole, Option(help="Rows in a micro-batch; without: what fits.")] = None,
     micro_batches: Annotated[_Whole, Option(help="Micro-batches at once, with --batch.")] = None,
+    kv_memory: Annotated[
+        _Text, Option(help="Keys and values in so much RAM, e.g. 2GiB, the rest on disk.")
+    ] = None,
+    kv_dtype: Annotated[_Text, Option(help="Keys and values coded in int4 or int2.")] = None,
     dtype: Annotated[_Text, Option(help="Weights in float32 or bfloat16.")] = None,
     with_prompt: Annotated[bool, Option("--with-prompt", help="Repeat it in each row.")] = False,
     as_json: Annotated[bool, Option("--json", help="One JSON object a line on stdout.")] = False,
@@ -145,14 +149,16 @@ def generate(
         raise InputError("--micro-batches needs --batch")
     _quiet_transformers()
     from offload.batchjob import GenerateConfig
+    from offload.blockcaches import KVAsked
     from offload.places import BlockPlan
     from offload.sampling import Sampling
     from offload.throughput import Asked
 
     plan = BlockPlan(batch, micro_batches or 1) if batch is not None else None
     asked = Asked(
-        max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop or ()), plan
-    )
+        max_new_tokens, Sampling(temperature, top_k, top_p, seed), tuple(stop or ()), plan,
+        KVAsked(kv_memory, kv_dtype),
+    )  # fmt: skip
     memory = MemoryConfig(device_memory, host_memory, _absolute(disk), disk_memory)
     place = Path(model).expanduser()
     _generate(

@@ -43,6 +43,43 @@ class Block:
         return self.frame is None
 
 
+class Account:
+    """What the ledger was told of the cache, which may have been paid for in advance."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.owed_bytes = 0  # in the ledger now, beyond what was prepaid
+        self._engine = engine
+        self._taken_bytes = 0
+        self._prepaid_bytes = 0
+
+    def change(self, size_bytes: int) -> None:
+        """So much more is held, or less where it is negative. Raises BudgetError."""
+        self._settle(size_bytes, 0)
+
+    def prepaid(self, size_bytes: int) -> None:
+        """So much is in the ledger already, taken by whoever says so. Raises BudgetError."""
+        self._settle(0, size_bytes - self._prepaid_bytes)
+
+    def lacks(self, size_bytes: int) -> bool:
+        """Whether weights would have to leave for so much."""
+        return self._engine.ledger.room_bytes < self._due_bytes(size_bytes) - self.owed_bytes
+
+    def _settle(self, taken_bytes: int, prepaid_bytes: int) -> None:
+        due_bytes = self._due_bytes(taken_bytes - prepaid_bytes) - self.owed_bytes
+        if due_bytes > 0:  # the engine may ask the cache for room meanwhile
+            self._engine.take_other(due_bytes, WHAT)
+            self.owed_bytes += due_bytes
+        self._taken_bytes += taken_bytes
+        self._prepaid_bytes += prepaid_bytes
+        spare_bytes = self.owed_bytes - self._due_bytes(0)
+        if spare_bytes > 0:
+            self._engine.ledger.give_other(spare_bytes)
+            self.owed_bytes -= spare_bytes
+
+    def _due_bytes(self, more_bytes: int) -> int:
+        return max(self._taken_bytes - self._prepaid_bytes + more_bytes, 0)
+
+
 class Room:
     """Frames, each debited in the engine's ledger before it exists, within a limit of their own.
 
@@ -57,7 +94,7 @@ class Room:
         shrink: Callable[[], bool], squeezed: Callable[[], None],
     ) -> None:  # fmt: skip
         self.limit(limit_bytes, hard=hard)
-        self._engine = engine
+        self.account = Account(engine)
         self._shrink = shrink
         self._squeezed = squeezed
         self._pool = FramePool(poison=engine.space.pool.poison)
@@ -86,13 +123,13 @@ class Room:
         self._keep_within_limit(size_bytes)
         if self._pool.has_idle(size_bytes):
             return self._pool.take(size_bytes)
-        if self._engine.ledger.room_bytes < size_bytes:
+        if self.account.lacks(size_bytes):
             self._squeezed()
-        self._engine.take_other(size_bytes, WHAT)
+        self.account.change(size_bytes)
         before_bytes = self.held_bytes
         frame = self._pool.take(size_bytes)
         if self.held_bytes == before_bytes:  # one had become idle meanwhile
-            self._engine.ledger.give_other(size_bytes)
+            self.account.change(-size_bytes)
         return frame
 
     def give(self, frame: Frame) -> None:
@@ -110,10 +147,7 @@ class Room:
 
     def debit(self, size_bytes: int) -> None:
         """Memory that others hold for the cache: more, or less where it is negative."""
-        if size_bytes > 0:
-            self._engine.take_other(size_bytes, WHAT)
-        elif size_bytes < 0:
-            self._engine.ledger.give_other(-size_bytes)
+        self.account.change(size_bytes)
 
     def poll(self) -> None:
         """Take back what was lent and is not viewed any more."""
@@ -130,8 +164,7 @@ class Room:
         keep_bytes = spare_bytes if sparing and self._pool.has_idle(spare_bytes) else 0
         self._pool.trim(keep_bytes, sparing=spare_bytes)
         freed_bytes = before_bytes - self._pool.total_bytes
-        if freed_bytes:
-            self._engine.ledger.give_other(freed_bytes)
+        self.account.change(-freed_bytes)
         return bool(freed_bytes)
 
     def _keep_within_limit(self, size_bytes: int) -> None:
@@ -144,8 +177,8 @@ class Room:
                 raise BudgetError(
                     f"host tier: {WHAT} needs {format_size(needed_bytes)} so far, its blocks that "
                     "are being filled and one layer's whole history among it, but memory is "
-                    f"{format_size(self.hard_bytes)}: give kv_cache(memory=...) at least that, "
-                    "fewer rows, or kv_dtype='int4'",
+                    f"{format_size(self.hard_bytes)}: give kv_cache(memory=...), or kv_memory of "
+                    "generate, at least that, fewer rows, or kv_dtype='int4'",
                     tier="host",
                     needed_bytes=needed_bytes,
                     given_bytes=self.hard_bytes,

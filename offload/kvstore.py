@@ -86,6 +86,7 @@ class KVStore:
         self.counters = KVCounters()
         self.histories: list[Lined] = []
         self.order = Order()
+        self.side_by_side = 1  # caches whose layers' keys and values are lent at the same time
         self._given_bytes = room.limit_bytes
         self._ahead_bytes: int | None = None  # None: to be decided anew
         self._wanted: deque[Block] = deque()  # to be read, in this order
@@ -206,6 +207,8 @@ class KVStore:
 
     def relieve(self, desperate: bool) -> bool:
         """Give memory back to the engine; ``desperate``: of what is kept, too, and for good."""
+        if not self.room.account.owed_bytes:
+            return False  # whatever it gave up, the engine would have no more room
         if self.room.trim(sparing=not desperate):
             return True
         if self._leaving:
@@ -256,9 +259,8 @@ class KVStore:
     def _decide(self) -> None:
         """Shares for all histories; what is beyond them leaves."""
         self.room.trim(sparing=True)  # shorter memory that was lent before histories grew
-        fixed_bytes = sum(h.tail_bytes for h in self.histories)
-        fixed_bytes += max((h.working_bytes for h in self.histories), default=0)
-        lines = [Line(h.planned, h.block_bytes) for h in self.histories]
+        fixed_bytes = sum(h.tail_bytes for h in self.histories) + self._lent_bytes()
+        lines = [Line(h.planned, _largest_block(h)) for h in self.histories]
         decided = spread(lines, max(self.room.limit_bytes - fixed_bytes, 0))
         self._ahead_bytes = decided.ahead_bytes
         for history, keep in zip(self.histories, decided.keep, strict=True):
@@ -266,6 +268,11 @@ class KVStore:
             for block in history.blocks[keep:]:
                 if not block.is_away and block not in self._streamed:
                     self.leave(block)
+
+    def _lent_bytes(self) -> int:
+        """Of as many layers as are lent at once: one of each cache, which are of about one size."""
+        sizes = sorted((h.working_bytes for h in self.histories), reverse=True)
+        return sum(sizes[:: -(-len(sizes) // self.side_by_side) or 1])
 
     def _pump(self) -> None:
         """Read ahead as far as there is room that costs nobody anything."""
@@ -310,3 +317,8 @@ class KVStore:
         if block.frame is not None:
             self.room.give(block.frame)
         block.frame = block.memory = None
+
+
+def _largest_block(history: Lined) -> int:
+    """Blocks that were filled when there were more rows are larger than those to come."""
+    return max((b.size_bytes for b in history.blocks), default=history.block_bytes)

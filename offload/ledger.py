@@ -67,6 +67,11 @@ class Ledger:
         self.other_bytes -= size_bytes
         self.heap.freed(size_bytes)
 
+    def passed(self, size_bytes: int) -> None:
+        """Up to so much of what is debited was malloc's for a while, and is free again."""
+        self.heap.freed(size_bytes)
+        self._settle(0)
+
     def see(self) -> None:
         """Note the present use for the peak."""
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)

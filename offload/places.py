@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from offload.prefetch.cache import LEAST_BLOCK_BYTES
+
 PREFILL_SHARE = 1 / 8  # of the room: activations of the one pass that runs
 BLOCK_SHARE = 3 / 4  # of the room: all that is not weights
 MOST_ROWS = 64  # in one micro-batch: beyond this a product's rate hardly grows
@@ -38,18 +40,45 @@ class BlockPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class KVCost:
+    """Keys and values that live in tiers, within ``memory_bytes``.
+
+    ``layer_bytes``: of one token in one layer; ``layers``: how many there are;
+    ``block_tokens``: the least in a block.
+    """
+
+    memory_bytes: int
+    layer_bytes: int
+    layers: int
+    block_tokens: int = 1
+
+    def least_bytes(self, plan: BlockPlan, lengths: Sequence[int], new_tokens: int) -> int:
+        """Keys and values of one layer, of all rows, and the blocks that are being filled."""
+        longest = sorted(lengths, reverse=True)[: plan.rows]
+        batch = min(plan.batch, len(longest))
+        cohorts = -(-len(longest) // batch)
+        block_bytes = max(self.block_tokens * self.layer_bytes * batch, LEAST_BLOCK_BYTES)
+        tails_bytes = block_bytes * self.layers * cohorts
+        longest_bytes = self.layer_bytes * (sum(longest) + new_tokens * len(longest))
+        return tails_bytes + longest_bytes + block_bytes * (1 + cohorts)
+
+
+@dataclass(frozen=True, slots=True)
 class BlockCost:
     """Bytes that a block takes beside the weights.
 
-    ``position_bytes``: keys and values of one token; ``token_bytes``: activations of one token in
+    ``position_bytes``: keys and values of one token that are in memory as a whole, those beyond
+    ``kv``; ``token_bytes``: activations of one token in
     the pass that runs; ``waiting_bytes``: in a pass that waits for its turn; ``row_bytes``: of
-    each row whatever its length (logits).
+    each row whatever its length (logits); ``layers``: that keep keys and values.
     """
 
     position_bytes: int
     token_bytes: int
     waiting_bytes: int
     row_bytes: int
+    kv: KVCost | None = None
+    layers: int = 1
 
     def of(self, plan: BlockPlan, lengths: Sequence[int], new_tokens: int) -> int:
         """What a block needs at most, of prompts of these lengths.
@@ -57,6 +86,24 @@ class BlockCost:
         Keys and values of one micro-batch are moved once more when a row is added to them, a
         layer at a time: that is within ``token_bytes``.
         """
+        kept_bytes = self.kv.memory_bytes if self.kv is not None else 0
+        return kept_bytes + self._rows_bytes(plan, lengths, new_tokens)
+
+    def turn_bytes(self, tokens: int, seen: int) -> int:
+        """What a pass may take and give back while it has its turn: at most a layer's."""
+        return self.token_bytes * tokens + self.position_bytes * seen // self.layers
+
+    def fits(
+        self, plan: BlockPlan, lengths: Sequence[int], new_tokens: int, room_bytes: int
+    ) -> bool:
+        """Whether it needs no more than its share of this room, its keys and values theirs."""
+        if self.kv is not None:
+            room_bytes -= self.kv.memory_bytes
+            if self.kv.least_bytes(plan, lengths, new_tokens) > self.kv.memory_bytes:
+                return False
+        return self._rows_bytes(plan, lengths, new_tokens) <= BLOCK_SHARE * room_bytes
+
+    def _rows_bytes(self, plan: BlockPlan, lengths: Sequence[int], new_tokens: int) -> int:
         longest = sorted(lengths, reverse=True)[: plan.rows]
         running = sum(longest[: plan.batch])
         return (
@@ -77,14 +124,14 @@ def choose_block(
     tokens grow with its rows, and its traffic by less.
     """
     longest = max(lengths)
-    batch = int(PREFILL_SHARE * room_bytes) // max(cost.token_bytes * longest, 1)
+    free_bytes = room_bytes - (cost.kv.memory_bytes if cost.kv is not None else 0)
+    batch = int(PREFILL_SHARE * free_bytes) // max(cost.token_bytes * longest, 1)
     batch = max(1, min(batch, MOST_ROWS, len(lengths)))
-    limit = BLOCK_SHARE * room_bytes
-    while batch > 1 and cost.of(BlockPlan(batch), lengths, new_tokens) > limit:
+    while batch > 1 and not cost.fits(BlockPlan(batch), lengths, new_tokens, room_bytes):
         batch -= 1
     most = -(-len(lengths) // batch)
     count = 1
-    while count < most and cost.of(BlockPlan(batch, count + 1), lengths, new_tokens) <= limit:
+    while count < most and cost.fits(BlockPlan(batch, count + 1), lengths, new_tokens, room_bytes):
         count += 1
     return BlockPlan(-(-min(len(lengths), batch * count) // count), count)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offload.block import BlockStep, Row
+from offload.blockcaches import KVAsked
 from offload.config import Given, Size
 from offload.errors import OffloadError
 from offload.homing import release_all
@@ -170,6 +171,8 @@ class Runtime:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         plan: BlockPlan | None = None,
+        kv_memory: Size | None = None,
+        kv_dtype: str | None = None,
         on_step: Callable[[BlockStep], None] | None = None,
     ) -> list[Row]:
         """Go on with many prompts, for throughput: weights move once a step for all rows.
@@ -177,16 +180,20 @@ class Runtime:
         ``prompts``: token ids, or text with ``tokenizer``; of any lengths. Rows come back in their
         order, greedy unless ``sampling`` says otherwise; each ends by itself, at an end token of
         the model's ``generation_config``, a ``stop`` string, or its length. ``plan``: how many
-        rows at once, without it as many as fit. ``on_step`` is told of every step, with the rows
-        that ended in it. See ``offload.block``. A row's tokens are those of ``model.generate`` up
-        to the rounding of products of more rows.
+        rows at once, without it as many as fit. ``kv_memory``: keys and values of all rows live in
+        so much memory and on disk, as in ``kv_cache``, instead of whole in memory; ``kv_dtype``
+        "int4" or "int2" codes them (other numbers), in half of what weights leave where no
+        ``kv_memory`` is given. ``on_step`` is told of every step, with the rows that ended in it.
+        See ``offload.block``. A row's tokens are those of ``model.generate`` up to the rounding of
+        products of more rows.
 
         Raises OffloadError for models with an encoder, and for prompts without a token or longer
         than the model; BudgetError where not one row fits; ValueError for settings out of range.
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        asked = Asked(max_new_tokens, sampling or Sampling(), stops, plan)
-        return generate(self.model, self.parts, prompts, asked, tokenizer, on_step)
+        kv = KVAsked(kv_memory, kv_dtype)
+        asked = Asked(max_new_tokens, sampling or Sampling(), stops, plan, kv)
+        return generate(self, prompts, asked, tokenizer, on_step)
 
     def save(
         self,

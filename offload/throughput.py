@@ -5,17 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from offload.block import Block, BlockStep, Row, generation_config
+from offload.blockcaches import KVAsked, caches_for, provide
 from offload.blockroom import positions_of
 from offload.ending import Ending
 from offload.errors import OffloadError
-from offload.parts import Parts
 from offload.places import BlockPlan
 from offload.sampling import Sampling
+
+if TYPE_CHECKING:
+    from offload.run import Runtime
 
 Prompt = str | Sequence[int] | Tensor
 UNAPPLIED = {  # what a generation_config may ask for, and what it says where it does not
@@ -31,6 +34,8 @@ UNAPPLIED = {  # what a generation_config may ask for, and what it says where it
 class Asked:
     """How to go on with each prompt. ``plan`` None: as many rows at once as fit.
 
+    ``kv``: keys and values in tiers, or as transformers keeps them where nothing is asked for.
+
     Raises ValueError for what is out of range.
     """
 
@@ -38,6 +43,7 @@ class Asked:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     plan: BlockPlan | None = None
+    kv: KVAsked = field(default_factory=KVAsked)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -47,10 +53,10 @@ class Asked:
 
 
 def make_block(
-    model: nn.Module, parts: Parts, prompts: Mapping[int, Sequence[int]], asked: Asked,
-    tokenizer: Any = None,
-) -> Block:  # fmt: skip
+    run: Runtime, prompts: Mapping[int, Sequence[int]], asked: Asked, tokenizer: Any = None
+) -> Block:
     """The run of these rows (token ids). Raises as ``Runtime.generate``."""
+    model, parts = run.model, run.parts
     generation = generation_config(model)
     config: Any = model.config
     eos = generation.eos_token_id
@@ -64,11 +70,14 @@ def make_block(
     for row, prompt in prompts.items():
         _check(row, prompt, ending.positions, int(config.get_text_config(decoder=True).vocab_size))
     _say_what_is_not_applied(generation)
-    return Block(model, parts, prompts, ending, asked.sampling, asked.plan)
+    caches = caches_for(model, parts, run.given, asked.kv)
+    lengths = [len(prompt) for prompt in prompts.values()]
+    provision = provide(model, parts, lengths, ending.new_tokens, asked.plan, caches)
+    return Block(model, parts, prompts, ending, asked.sampling, provision)
 
 
 def generate(
-    model: nn.Module, parts: Parts, prompts: Sequence[Prompt], asked: Asked, tokenizer: Any,
+    run: Runtime, prompts: Sequence[Prompt], asked: Asked, tokenizer: Any,
     on_step: Callable[[BlockStep], None] | None,
 ) -> list[Row]:  # fmt: skip
     """See ``Runtime.generate``."""
@@ -76,7 +85,7 @@ def generate(
     if not ids:
         return []
     rows: list[Row] = []
-    for step in make_block(model, parts, ids, asked, tokenizer).steps():
+    for step in make_block(run, ids, asked, tokenizer).steps():
         rows += step.finished
         if on_step is not None:
             on_step(step)

@@ -1,0 +1,200 @@
+"""Where the keys and values of a block of rows live: in transformers' own caches, or in tiers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import nn
+
+from offload.blockroom import block_cost, largest_unit_bytes
+from offload.cohort import dynamic_caches
+from offload.config import Given, Size
+from offload.errors import OffloadError
+from offload.hooks import Hooks
+from offload.kivi import BITS, GROUP
+from offload.kvstore import KVStore
+from offload.parts import Parts
+from offload.places import BlockCost, BlockPlan, KVCost, choose_block
+from offload.prefetch.cache import choose_block_tokens
+from offload.tiers.spec import parse_size
+
+
+@dataclass(frozen=True, slots=True)
+class KVAsked:
+    """Keys and values in tiers: in so much memory (None: half of what weights leave), so coded.
+
+    Raises ValueError for what is no size or no dtype.
+    """
+
+    memory: Size | None = None
+    kv_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory is not None:
+            parse_size(self.memory)
+        if self.kv_dtype not in (None, *BITS):
+            raise ValueError(f"kv_dtype is one of {', '.join(BITS)} or None: {self.kv_dtype!r}")
+
+    @property
+    def in_tiers(self) -> bool:
+        """Whether anything was asked for."""
+        return self.memory is not None or self.kv_dtype is not None
+
+
+class Caches(Protocol):
+    """Makes a cache for each cohort. ``cost``: what rows need of memory, so kept."""
+
+    cost: BlockCost
+
+    @contextmanager
+    def opened(self, plan: BlockPlan) -> Iterator[None]:
+        """While a block of this plan runs; what was not ended ends here."""
+        yield
+
+    def new(self) -> Any:
+        """A cache of transformers' kind."""
+        ...
+
+    def end(self, cache: Any) -> None:
+        """Its cohort has ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Provision:
+    """How many rows at once, what they need beside the weights, and their caches."""
+
+    plan: BlockPlan
+    reserved_bytes: int
+    caches: Caches
+
+    @property
+    def passing_bytes(self) -> int:
+        """What malloc may have had and got back in one step: all but what is in frames."""
+        kv = self.caches.cost.kv
+        return self.reserved_bytes - (kv.memory_bytes if kv is not None else 0)
+
+
+def provide(
+    model: nn.Module, parts: Parts, lengths: Sequence[int], new_tokens: int,
+    plan: BlockPlan | None, caches: Caches,
+) -> Provision:  # fmt: skip
+    """For prompts of these lengths, in tokens. Without ``plan``: as many rows at once as fit."""
+    plan = plan or choose_block(lengths, new_tokens, caches.cost, _room_bytes(model, parts))
+    return Provision(plan, caches.cost.of(plan, lengths, new_tokens), caches)
+
+
+def caches_for(model: nn.Module, parts: Parts, given: Given, asked: KVAsked) -> Caches:
+    """Raises OffloadError for models out of whose caches rows cannot be taken."""
+    return TieredCaches(model, parts, given, asked) if asked.in_tiers else PlainCaches(model)
+
+
+class PlainCaches:
+    """transformers' own, whole in memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.cost = block_cost(model)
+        self.new = dynamic_caches(model)
+
+    @contextmanager
+    def opened(self, plan: BlockPlan) -> Iterator[None]:
+        """Nothing is to be done."""
+        yield
+
+    def end(self, cache: Any) -> None:
+        """It is freed with its cohort."""
+
+
+class TieredCaches:
+    """Managed ones, which share one limit and one file; see offload/kv.py."""
+
+    def __init__(self, model: nn.Module, parts: Parts, given: Given, asked: KVAsked) -> None:
+        dynamic_caches(model)  # raises
+        memory = asked.memory
+        self._memory_bytes = (
+            _room_bytes(model, parts) // 2 if memory is None else parse_size(memory)
+        )
+        self._least_tokens = GROUP if asked.kv_dtype is not None else 1
+        self.cost = _cost(model, self._memory_bytes, self._least_tokens)
+        self._model: Any = model
+        self._parts = parts
+        self._given = given
+        self._kv_dtype = asked.kv_dtype
+        self._plan = BlockPlan(1)
+        self._open: list[Any] = []
+
+    @contextmanager
+    def opened(self, plan: BlockPlan) -> Iterator[None]:
+        """See `Caches`. The block has taken from the ledger what ``cost`` says, for all of it."""
+        from offload.kvopen import store_of
+
+        store = store_of(self._parts, self._given, self._memory_bytes)
+        self._plan = plan
+        store.room.account.prepaid(self._memory_bytes)
+        try:
+            yield
+        finally:
+            for cache in list(self._open):
+                self.end(cache)
+            store.room.account.prepaid(0)
+
+    def new(self) -> Any:
+        """Raises OffloadError outside of `opened`."""
+        from offload.kv import Wanted, new_cache
+
+        cost, plan = self.cost.kv, self._plan
+        assert cost is not None
+        # Once for all: cohorts that shrink and multiply then fill blocks of no more bytes in all.
+        tokens = choose_block_tokens(
+            cost.layer_bytes * plan.batch, cost.layers * plan.micro_batches,
+            cost.memory_bytes, self._least_tokens,
+        )  # fmt: skip
+        cache = new_cache(
+            self._model.config, self._store, Wanted(self._kv_dtype, tokens, plan.micro_batches)
+        )
+        self._open.append(cache)
+        self._count()
+        return cache
+
+    def end(self, cache: Any) -> None:
+        """Give back its memory and its room in the file."""
+        self._open.remove(cache)
+        cache.close()
+        self._count()
+
+    @property
+    def _store(self) -> KVStore:
+        assert self._parts.kv is not None
+        return self._parts.kv
+
+    def _count(self) -> None:
+        rings = isinstance(self._parts.hooks, Hooks) and self._parts.engine.space.disk is not None
+        self._store.side_by_side = max(len(self._open), 1) if rings else 1
+
+
+def _room_bytes(model: nn.Module, parts: Parts) -> int:
+    return parts.engine.ledger.capacity_bytes - largest_unit_bytes(model)
+
+
+def _cost(model: nn.Module, memory_bytes: int, least_tokens: int) -> BlockCost:
+    """Layers with sliding windows keep theirs in memory, as transformers does."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cost, config = block_cost(model), model.config
+    layers = DynamicCache(config=config).layers  # type: ignore[no-untyped-call,unused-ignore]
+    managed = sum(type(layer) is DynamicLayer for layer in layers)
+    if not managed:
+        raise OffloadError(
+            f"{type(model).__name__} has sliding windows in all layers: their keys and values are "
+            "bounded, and stay in memory; leave kv_memory and kv_dtype away"
+        )
+    layer_bytes = cost.position_bytes // len(layers)
+    return replace(
+        cost,
+        position_bytes=layer_bytes * (len(layers) - managed),
+        kv=KVCost(memory_bytes, layer_bytes, managed, least_tokens),
+    )
