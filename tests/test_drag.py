@@ -14,6 +14,7 @@ from offload.prefetch.generation import Rates, RowCost, Shape, Weights, Workload
 from offload.prefetch.search import Candidate, Problem, lane_lines, policy_of
 from offload.shape import read_config
 from offload.tiers import drag_probe
+from offload.tiers.disk import SpillFile
 from offload.tiers.drag_probe import contention, costs
 from offload.tiers.spec import MIB, Budget, Compute, Machine
 
@@ -60,14 +61,14 @@ def test_the_formula_gives_back_what_was_measured(work_s: float, read_s: float) 
 @pytest.mark.usefixtures("quick")
 def test_reading_goes_on_beside_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     offsets: set[int] = set()
-    real = drag_probe.SpillFile.read
+    real = SpillFile.read
 
     def read(disk: Any, address: int, size_bytes: int, offset: int) -> int:
         offsets.add(offset)
         assert offset + size_bytes <= disk.used_bytes
         return real(disk, address, size_bytes, offset)
 
-    monkeypatch.setattr(drag_probe.SpillFile, "read", read)
+    monkeypatch.setattr(SpillFile, "read", read)
     drag, disk_drag = contention(lambda: sum(range(10_000)), tmp_path, 1e9)
     assert drag >= 0
     assert 0 <= disk_drag <= 1
@@ -80,7 +81,7 @@ def test_a_failed_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def read(*_: object) -> int:
         raise OSError(5, "broken")
 
-    monkeypatch.setattr(drag_probe.SpillFile, "read", read)
+    monkeypatch.setattr(SpillFile, "read", read)
     with pytest.raises(OSError, match="broken"):
         contention(lambda: None, tmp_path, 1e9)
 
