@@ -1,8 +1,9 @@
 """Constants for the search, fitted from a few layers of the very model.
 
 They run with random weights and several numbers of tokens: that is what products, with norms, calls
-and whatever else the model does, take. What reading beside them costs is not fitted here: a sample
-small enough to be quick has too little room to read ahead in to be typical (docs/log.md).
+and whatever else the model does, take. Then they run beside plain reads of a spill file, which
+share cores and DRAM with them. They are not managed themselves: a sample small enough to be quick
+has too little room to read ahead in to be typical (docs/log.md).
 """
 
 from __future__ import annotations
@@ -19,41 +20,50 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.prefetch.generation import Weights
 from offload.shape import layers_of, model_of, read_shape, weight_type
 from offload.tiers.compute_probe import attend_rate
+from offload.tiers.drag_probe import contention
 from offload.tiers.probe import remembered_at
-from offload.tiers.spec import MIB, Compute
+from offload.tiers.spec import MIB, Compute, Machine
 
 TOKENS = (1, 2, 8, 32, 128, 512)
 SAMPLE_BYTES = 192 * MIB  # of layers: more than a cache holds
+BESIDE_TOKENS = 32  # computed with while the disk is read: with 1 and 128 the same comes out
 
 
-def cached_calibration(config: Any, weight_dtype: str | None, folder: Path) -> Compute:
-    """The last calibration for such layers and threads, or a new one, which is then kept."""
+def cached_calibration(
+    config: Any, weight_dtype: str | None, folder: Path, machine: Machine
+) -> Compute:
+    """The last calibration for such layers, threads and disk rates, or a new one, then kept."""
     folder.mkdir(parents=True, exist_ok=True)
     said = {k: v for k, v in sorted(config.to_dict().items()) if k not in ("_name_or_path",)}
-    asked = [said, weight_dtype, torch.get_num_threads(), torch.__version__]
+    rates = machine.to_dict()  # what the costs of sharing are told in: new rates, new costs
+    asked = [said, weight_dtype, torch.get_num_threads(), torch.__version__, rates]
     name = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
     kept = remembered_at(folder)
     kept = kept.with_name(f"compute-{name}-{kept.name.partition('-')[2]}")
     try:
         return Compute.from_dict(json.loads(kept.read_text()))
     except (OSError, ValueError, TypeError, KeyError):
-        found = calibrate(config, weight_dtype)
+        found = calibrate(config, weight_dtype, folder, machine)
     with contextlib.suppress(OSError):  # then the next one measures again
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(found.to_dict()))
     return found
 
 
-def calibrate(config: Any, weight_dtype: str | None) -> Compute:
-    """Measure; some five seconds. Needs memory for some layers: 192 MiB of them, or two."""
-    weights = read_shape(config, weight_dtype).weights
+def calibrate(config: Any, weight_dtype: str | None, folder: Path, machine: Machine) -> Compute:
+    """Measure; some eight seconds. Needs memory for some layers: 192 MiB of them, or two.
+
+    ``machine``: the rates of the disk under ``folder``, where 256 MiB are read. Raises DiskFull.
+    """
     stored = weight_type(config, None if weight_dtype in ("int4", "int8") else weight_dtype)
     with torch.no_grad():
-        products = _products(config, weight_dtype, weights)
-        return Compute(products, attend_rate(getattr(torch, stored)))
+        model = _sample(config, weight_dtype)
+        elements = read_shape(config, weight_dtype).weights.layer_elements * len(layers_of(model))
+        products = _products(model, elements)
+        shared = contention(lambda: _run(model, BESIDE_TOKENS), folder, machine.read_bytes_per_s)
+        return Compute(products, attend_rate(getattr(torch, stored)), *shared)
 
 
 def few_layers(config: Any, layers: int) -> Any:
@@ -67,14 +77,16 @@ def few_layers(config: Any, layers: int) -> Any:
     return small
 
 
-def _products(
-    config: Any, weight_dtype: str | None, weights: Weights
-) -> tuple[tuple[int, float], ...]:
-    """(tokens, seconds for each weight of a layer)."""
-    plain_bytes = read_shape(config, weight_type(config, None)).weights.layer_bytes
-    count = min(max(-(-SAMPLE_BYTES // plain_bytes), 2), weights.layers)
+def _sample(config: Any, weight_dtype: str | None) -> nn.Module:
+    plain = read_shape(config, weight_type(config, None)).weights
+    count = min(max(-(-SAMPLE_BYTES // plain.layer_bytes), 2), plain.layers)
     model = _floating(few_layers(config, count), weight_dtype)
     _pack(model, weight_dtype)
+    return model
+
+
+def _products(model: nn.Module, elements: int) -> tuple[tuple[int, float], ...]:
+    """(tokens, seconds for each of so many weights, which are those of all layers)."""
     layers, seen = layers_of(model), [0.0, 0.0]
 
     def begin(*_: object) -> None:
@@ -91,7 +103,6 @@ def _products(
         for _ in range(4):
             _run(model, tokens)
             taken.append(seen[1] - seen[0])
-        elements = len(layers) * weights.layer_elements
         found.append((tokens, statistics.median(taken[1:]) / elements))
     return tuple(found)
 

@@ -85,7 +85,8 @@ def measured(config: Any, weight_dtype: str | None, disk: str) -> Rates:
     from offload.tiers.probe import cached_probe
 
     folder = Path(disk).expanduser()
-    return Rates(cached_probe(folder), cached_calibration(config, weight_dtype, folder))
+    machine = cached_probe(folder)
+    return Rates(machine, cached_calibration(config, weight_dtype, folder, machine))
 
 
 def read_rates(file: str) -> Rates:

@@ -6,12 +6,13 @@ tier, which sum to 1, fit the budgets and make the predicted time least. The pai
 
 [Note: time]
 A pass takes as long as its slowest lane (disk, host to device, back, device, host). Where the host
-computes, a managed pass does not reach the disk's lone rate, and reading takes time from the
-processor; both are fitted (`Compute`). With R and C the lone seconds of reading and computing:
+computes, reading takes time from the processor and computing from the disk; both are measured
+(`Compute`). With R and C the lone seconds of reading and computing:
 
-    T = max(R / disk_share, C + drag R)
+    T = max(R + disk_drag C, C + drag R)
 
-which is linear in both, so it stays a linear program.
+which is linear in both, so it stays a linear program. Whichever ends last slows down only while
+the other runs, so each side pays for what the other really does, not for the whole pass.
 
 [Note: what must be there]
 While anything is away, the largest module has to have room beside what stays, and so has what is
@@ -202,7 +203,7 @@ def expected_lines(rates: Rates, lanes: dict[str, Line]) -> list[Line]:
     if rates.device is not None:
         return list(lanes.values())
     read, compute, host = lanes["disk"], lanes["host"], rates.host
-    return [read / host.disk_share, compute + read * host.drag]
+    return [read + compute * host.disk_drag, compute + read * host.drag]
 
 
 def _computes(problem: Problem) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from offload.shape import model_of, read_config, read_shape
 from offload.tiers.spec import Compute, Machine
 
 MACHINE = Machine(2e9, 4e9, 1e9, 1e9, 1e10)
-HOST = Compute(((1, 2e-10), (8, 3e-10), (64, 1e-9)), 5e9, disk_share=0.8, drag=0.4)
+HOST = Compute(((1, 2e-10), (8, 3e-10), (64, 1e-9)), 5e9, drag=0.4, disk_drag=0.2)
 
 
 def a_model(folder: Path, **changes: Any) -> str:
@@ -110,8 +111,17 @@ def test_experts_are_refused(
 
 
 @pytest.mark.parametrize("weight_dtype", [None, "int4"])
-def test_layers_are_measured(tmp_path: Path, weight_dtype: str | None) -> None:
-    found = calibrate(read_config(a_model(tmp_path)), weight_dtype)
+def test_layers_are_measured(
+    tmp_path: Path, weight_dtype: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe(work: Callable[[], object], folder: Path, read_bytes_per_s: float) -> Any:
+        assert (folder, read_bytes_per_s) == (tmp_path, MACHINE.read_bytes_per_s)
+        work()
+        return 0.3, 0.1
+
+    monkeypatch.setattr("offload.calibrate.contention", probe)
+    found = calibrate(read_config(a_model(tmp_path)), weight_dtype, tmp_path, MACHINE)
+    assert (found.drag, found.disk_drag) == (0.3, 0.1)
     assert [t for t, _ in found.product_s] == [1, 2, 8, 32, 128, 512]
     assert all(s > 0 for _, s in found.product_s)
     assert found.attend_bytes_per_s > 0

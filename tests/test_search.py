@@ -26,7 +26,7 @@ from offload.prefetch.search import (
 from offload.tiers.spec import MIB, Budget, Compute, Machine
 
 MACHINE = Machine(2e9, 4e9, 1e9, 1e9, 1e10, h2d_bytes_per_s=1e10, d2h_bytes_per_s=8e9)
-HOST = Compute(((1, 2e-10), (8, 3e-10), (64, 1e-9)), 5e9, disk_share=0.8, drag=0.4)
+HOST = Compute(((1, 2e-10), (8, 3e-10), (64, 1e-9)), 5e9, drag=0.4, disk_drag=0.2)
 DEVICE = Compute(((1, 1e-11), (64, 3e-11)), 3e11)
 SHAPE = Shape(
     Weights(8, 10 * MIB, 5 * MIB, 30 * MIB, 15 * MIB, 30 * MIB, 30 * MIB),
@@ -132,7 +132,7 @@ def by_hand(asked: Problem, candidate: Candidate, away: float, kv_away: float) -
         work_s = 8 * 5 * MIB * HOST.weight_s(at_once) + 15 * MIB * HOST.weight_s(candidate.batch)
         work_s += at_once * (tokens - 1) * 4096 * 1e-9 / 64
         work_s = candidate.micro_batches * work_s + rows * past * 65536 / 5e9
-        phases.append(max(read_s / 0.8, work_s + 0.4 * read_s))
+        phases.append(max(read_s + 0.2 * work_s, work_s + 0.4 * read_s))
     return -(-asked.work.prompts // rows) * (phases[0] + (new - 1) * phases[1])
 
 
@@ -172,7 +172,7 @@ def test_products_between_and_beyond_what_was_measured() -> None:
     assert Compute.from_dict(json.loads(json.dumps(HOST.to_dict()))) == HOST
     with pytest.raises(ValueError, match="ascending"):
         Compute(((8, 1.0), (1, 1.0)), 1.0)
-    with pytest.raises(ValueError, match="disk_share"):
-        Compute(((1, 1.0),), 1.0, disk_share=1.5)
+    with pytest.raises(ValueError, match="disk_drag"):
+        Compute(((1, 1.0),), 1.0, disk_drag=1.5)
     with pytest.raises(ValueError, match="new_tokens"):
         Workload(1, 1, 0)

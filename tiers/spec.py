@@ -107,22 +107,22 @@ class Compute:
 
     ``product_s``: (tokens, seconds for each weight of a product with so many tokens), ascending;
     the first is a product with one vector. ``attend_bytes_per_s``: keys and values that attention
-    for one token goes through, joining the new token to them included. ``disk_share``:
-    of the disk's lone rate, what a managed pass reaches; ``drag``: seconds that each lone second
-    of reading takes from the processor.
+    for one token goes through, joining the new token to them included. Where the processor shares
+    cores and DRAM with the disk: ``drag``: seconds that each lone second of reading takes from the
+    processor; ``disk_drag``: seconds that each lone second of computing takes from reading.
     """
 
     product_s: tuple[tuple[int, float], ...]
     attend_bytes_per_s: float
-    disk_share: float = 1.0
     drag: float = 0.0
+    disk_drag: float = 0.0
 
     def __post_init__(self) -> None:
         tokens = [t for t, _ in self.product_s]
         if not tokens or tokens != sorted(set(tokens)) or tokens[0] < 1:
             raise ValueError(f"products must be for ascending numbers of tokens, not {tokens}")
-        if not (0 < self.disk_share <= 1 and self.drag >= 0):
-            raise ValueError("disk_share must be above 0 and at most 1, and drag at least 0")
+        if not (0 <= self.disk_drag <= 1 and self.drag >= 0):
+            raise ValueError("disk_drag must be at least 0 and at most 1, and drag at least 0")
 
     def weight_s(self, tokens: float) -> float:
         """Seconds for each weight of a product with so many tokens: linear between measurements.
@@ -146,4 +146,5 @@ class Compute:
     def from_dict(found: dict[str, Any]) -> Compute:
         """From ``to_dict``. Raises TypeError, KeyError or ValueError for anything else."""
         points = tuple((int(t), float(s)) for t, s in found["product_s"])
-        return Compute(**(found | {"product_s": points}))
+        shared = {name: float(found[name]) for name in ("drag", "disk_drag")}  # never assumed
+        return Compute(**(found | {"product_s": points} | shared))

@@ -1,0 +1,115 @@
+"""What reading and computing take from each other: measured, kept, and measured again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offload import calibrate as module
+from offload.prefetch.generation import Rates, RowCost, Shape, Weights, Workload
+from offload.prefetch.search import Candidate, Problem, lane_lines, policy_of
+from offload.shape import read_config
+from offload.tiers import drag_probe
+from offload.tiers.disk import SpillFile
+from offload.tiers.drag_probe import contention, costs
+from offload.tiers.spec import MIB, Budget, Compute, Machine
+
+MACHINE = Machine(2e9, 4e9, 1e9, 1e9, 1e10)
+FOUND = Compute(((1, 2e-10),), 5e9, drag=0.3, disk_drag=0.1)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe of milliseconds."""
+    monkeypatch.setattr(drag_probe, "ALONE_S", 0.005)
+    monkeypatch.setattr(drag_probe, "BESIDE_S", 0.02)
+    monkeypatch.setattr(drag_probe, "FILE_BYTES", 32 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("together_s", "work_s", "read_s", "found"),
+    [
+        (1.0, 0.8, 0.9, (0.2 / 0.9, 0.1 / 0.8)),
+        (1.0, 1.1, 1.2, (0.0, 0.0)),  # faster than alone: the lone rates were of a worse hour
+        (1.0, 0.5, 0.1, (5.0, 1.0)),  # a disk that hardly gets to read
+    ],
+)
+def test_costs_are_what_was_lost(
+    together_s: float, work_s: float, read_s: float, found: tuple[float, float]
+) -> None:
+    assert costs(together_s, work_s, read_s) == pytest.approx(found)
+
+
+@pytest.mark.parametrize(("work_s", "read_s"), [(0.8, 0.9), (0.9, 0.5), (0.6, 0.7)])
+def test_the_formula_gives_back_what_was_measured(work_s: float, read_s: float) -> None:
+    """A pass that reads and computes as much as the probe did takes as long as the probe did."""
+    drag, disk_drag = costs(1.0, work_s, read_s)
+    weights = Weights(1, 1000, 1, 0, 0, 0, 1000)
+    machine = Machine(1000 / read_s, 4e9, 1e9, 1e9, 1e10)
+    rates = Rates(machine, Compute(((1, work_s),), 1.0, drag, disk_drag))
+    asked = Problem(Shape(weights, RowCost(0, 0, 0, 0, 0)), rates, Budget(10**6), Workload(1, 1, 2))
+    shares = np.array([0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0])  # all weights on disk
+    lanes = lane_lines(asked, Candidate(1, 1), prefill=False)
+    assert lanes["disk"][2] == pytest.approx(read_s)
+    assert policy_of(asked, Candidate(1, 1), shares).times.pass_s == pytest.approx(1.0)
+
+
+@pytest.mark.usefixtures("quick")
+def test_reading_goes_on_beside_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offsets: set[int] = set()
+    real = SpillFile.read
+
+    def read(disk: Any, address: int, size_bytes: int, offset: int) -> int:
+        offsets.add(offset)
+        assert offset + size_bytes <= disk.used_bytes
+        return real(disk, address, size_bytes, offset)
+
+    monkeypatch.setattr(SpillFile, "read", read)
+    drag, disk_drag = contention(lambda: sum(range(10_000)), tmp_path, 1e9)
+    assert drag >= 0
+    assert 0 <= disk_drag <= 1
+    assert offsets  # read at all, and checksummed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_failed_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> int:
+        raise OSError(5, "broken")
+
+    monkeypatch.setattr(SpillFile, "read", read)
+    with pytest.raises(OSError, match="broken"):
+        contention(lambda: None, tmp_path, 1e9)
+
+
+@pytest.mark.parametrize("missing", ["drag", "disk_drag"])
+def test_a_calibration_that_lacks_them_is_measured_again(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    measured: list[Machine] = []
+
+    def measure(_config: Any, _dtype: str | None, _folder: Path, machine: Machine) -> Compute:
+        measured.append(machine)
+        return FOUND
+
+    monkeypatch.setattr(module, "calibrate", measure)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    config = read_config(str(tmp_path))
+
+    def ask(machine: Machine) -> int:
+        assert module.cached_calibration(config, None, tmp_path, machine) == FOUND
+        return len(measured)
+
+    assert [ask(MACHINE), ask(MACHINE)] == [1, 1]
+    (kept,) = (tmp_path / "cache" / "offload").iterdir()
+    old = json.loads(kept.read_text())
+    del old[missing]
+    kept.write_text(json.dumps(old))
+    assert [ask(MACHINE), ask(MACHINE)] == [2, 2]
+    other = Machine(3e9, 4e9, 1e9, 1e9, 1e10)  # the unit of both costs is another one
+    assert [ask(other), ask(other)] == [3, 3]

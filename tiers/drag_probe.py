@@ -1,0 +1,109 @@
+"""Measure what reading takes from the processor, and the processor from reading, side by side.
+
+On a CPU machine they share cores and DRAM: system calls, the copies of a virtual disk, checksums.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from offload.tiers import vm
+from offload.tiers.disk import SpillFile
+from offload.tiers.spec import MIB
+
+BLOCK_BYTES = 8 * MIB  # a chunk where nothing is trained
+WORKERS = 2  # as the engine's read lane has
+FILE_BYTES = 256 * MIB
+ALONE_S, BESIDE_S = 0.35, 0.5  # of each round
+
+
+def contention(
+    work: Callable[[], object], folder: Path, read_bytes_per_s: float, rounds: int = 3
+) -> tuple[float, float]:
+    """(drag, disk_drag) as in `Compute`, with ``work`` as what computes; some three seconds.
+
+    In each round ``work`` is repeated alone, then beside workers that read blocks of a spill file
+    in ``folder`` with their checksums as fast as they can; the median of the rounds.
+    ``read_bytes_per_s``: the disk's lone rate. Raises DiskFull where 256 MiB cannot be had.
+    """
+    found = []
+    with _reading(folder) as (busy, moved):
+        work()  # the first one warms up
+        for _ in range(rounds):
+            alone, alone_s = _repeat(work, ALONE_S)
+            busy.set()
+            work()  # until the readers are under way
+            before_bytes = sum(moved)
+            beside, beside_s = _repeat(work, BESIDE_S)
+            read_bytes = max(sum(moved) - before_bytes, BLOCK_BYTES)
+            busy.clear()
+            time.sleep(0.05)  # what is being read is read to its end
+            work_s = beside * alone_s / alone
+            found.append(costs(beside_s, work_s, read_bytes / read_bytes_per_s))
+    drag, disk_drag = (statistics.median(f[i] for f in found) for i in (0, 1))
+    return drag, disk_drag
+
+
+def costs(together_s: float, work_s: float, read_s: float) -> tuple[float, float]:
+    """(drag, disk_drag) when both, busy all the time, did so many lone seconds' worth together.
+
+    Never negative: the lone rates are of another moment. Computing does not take more from reading
+    than its own time, the reads could wait for it.
+    """
+    drag = (together_s - work_s) / read_s
+    disk_drag = (together_s - read_s) / work_s
+    return max(drag, 0.0), min(max(disk_drag, 0.0), 1.0)
+
+
+def _repeat(work: Callable[[], object], least_s: float) -> tuple[int, float]:
+    """(times, seconds) of as many repetitions as take so long."""
+    begin_s, count = time.perf_counter(), 0
+    while True:
+        work()
+        count += 1
+        taken_s = time.perf_counter() - begin_s
+        if taken_s >= least_s:
+            return count, taken_s
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[tuple[threading.Event, list[int]]]:
+    """Workers that read while the event is set; the bytes that each has read."""
+    disk = SpillFile(folder, announce=lambda _: None)
+    busy, over, moved = threading.Event(), threading.Event(), [0] * WORKERS
+    buffers = [vm.reserve(BLOCK_BYTES) for _ in range(WORKERS)]
+
+    def read(worker: int) -> None:
+        block = worker
+        while not over.is_set():
+            if not busy.wait(0.1):
+                continue
+            disk.read(buffers[worker], BLOCK_BYTES, block * BLOCK_BYTES % FILE_BYTES)
+            moved[worker] += BLOCK_BYTES
+            block += WORKERS
+
+    try:
+        disk.grow(FILE_BYTES)
+        for address in buffers:
+            vm.want_huge(address, BLOCK_BYTES)
+            vm.fill(address, BLOCK_BYTES, 1)
+        for offset in range(0, FILE_BYTES, BLOCK_BYTES):
+            disk.push(buffers[0], BLOCK_BYTES, offset)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            jobs = [pool.submit(read, worker) for worker in range(WORKERS)]
+            try:
+                yield busy, moved
+            finally:
+                over.set()
+        for job in jobs:
+            job.result()
+    finally:
+        for address in buffers:
+            vm.release(address, BLOCK_BYTES)
+        disk.close()
