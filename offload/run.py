@@ -260,6 +260,7 @@ class Runtime:
         self.close()
 
     def _detach(self) -> None:
+        self.parts.steps.watch.stop()
         if self.parts.hooks is not None:
             self.parts.hooks.remove()
             self.parts.hooks = None

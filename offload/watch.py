@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
+from functools import partial
 
 from offload.heap import anonymous_bytes
 
@@ -28,7 +30,9 @@ class Watch:
         """Begin to sample, unless already sampling."""
         if self._thread is None:
             self._stop.clear()
-            self._thread = threading.Thread(target=self._run, daemon=True, name="offload-watch")
+            # The thread does not keep a run alive that its user has dropped in mid-step.
+            work = partial(_sample, weakref.ref(self), self._stop)
+            self._thread = threading.Thread(target=work, daemon=True, name="offload-watch")
             self._thread.start()
 
     def stop(self) -> None:
@@ -38,7 +42,16 @@ class Watch:
             self._thread.join()
             self._thread = None
 
-    def _run(self) -> None:
-        while not self._stop.wait(INTERVAL_S):
-            excess = anonymous_bytes() - self._accounted() - self._baseline
-            self.excess_bytes = max(self.excess_bytes, excess)
+    def look(self) -> None:
+        """One sample."""
+        excess = anonymous_bytes() - self._accounted() - self._baseline
+        self.excess_bytes = max(self.excess_bytes, excess)
+
+
+def _sample(watch: weakref.ref[Watch], stop: threading.Event) -> None:
+    while not stop.wait(INTERVAL_S):
+        there = watch()
+        if there is None:
+            return
+        there.look()
+        del there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,3 +215,17 @@ def test_func_transforms_are_refused_with_the_remedy(
     model(torch.ones(2, 8)).sum().backward()  # still usable
     offload.runtime(model).unwrap()
     assert call().shape == ((2, 8) if transform == "grad" else (3, 2, 1))
+
+
+def test_no_thread_outlives_a_run_in_mid_step(manage: Manager) -> None:
+    """A recorded step is sampled by a thread: closing a run, or dropping it, ends that too."""
+
+    def sampling() -> int:
+        return sum(t.name == "offload-watch" for t in threading.enumerate())
+
+    before, model = sampling(), small_mlp()
+    run = manage(model, None)
+    model(torch.ones(2, 64))
+    assert sampling() == before + 1, "the first step is not watched"
+    run.close()
+    assert sampling() == before
