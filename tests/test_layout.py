@@ -97,9 +97,12 @@ def test_odd_chunk_sizes_are_refused(chunk: int) -> None:
 
 @given(st.integers(1, 2**40), st.integers(2, 6))
 def test_chosen_chunk_leaves_room_for_six_sets(budget: int, copies: int) -> None:
-    size = choose_chunk_bytes(budget, copies)
-    assert 16 * KIB <= size <= 32 * MIB
+    size, half = choose_chunk_bytes(budget, copies), budget / 2
+    assert 16 * KIB <= size <= 64 * MIB
     assert size & (size - 1) == 0
-    assert size == 16 * KIB or 6 * copies * size <= budget / 2
+    sets = 3 if size == 2 * MIB else 6  # a huge page is not cut for the sake of more
+    assert size == 16 * KIB or sets * copies * size <= half
     if size < 32 * MIB:  # and no smaller than it must be
-        assert 6 * copies * (2 * size) > budget / 2
+        assert 6 * copies * (2 * size) > half
+    assert size != MIB or 3 * copies * 2 * MIB > half
+    assert (size == 64 * MIB) == (6 * copies * 256 * MIB <= half)

@@ -102,14 +102,18 @@ def page_elements(block_elements: int) -> int:
 
 
 def choose_chunk_bytes(budget_bytes: int, copies: int) -> int:
-    """Chunk size for a budget: 4 to 64 MiB where the budget allows.
+    """Chunk size for a budget: 2 to 64 MiB where the budget allows.
 
     An update needs ``copies`` chunks at once (weight, gradient, states). At least six such sets
     should fit in half the budget: one computing, some being read and written; with three, what
-    they take is missed where bytes are saved (docs/log.md).
+    they take is missed where bytes are saved. Below a huge page each transfer costs more than that
+    saves, so where they are at least that long three sets will do. 64 MiB, which transfers no faster, is for budgets of
+    models so large that planning by smaller chunks would take seconds. (All in docs/log.md.)
     """
     limit = budget_bytes // (12 * copies)
-    size = 32 * MIB
+    if limit < 2 * MIB <= 2 * limit:
+        return 2 * MIB
+    size = 64 * MIB if limit >= 256 * MIB else 32 * MIB
     while size > 16384 and size > limit:
         size //= 2
     return size
