@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -39,6 +40,14 @@ def test_reads_without_room_to_read_ahead_add_to_compute() -> None:
     assert line.step_s == pytest.approx(2 * (6.0 + 4.0))
     assert line.stalls_s == pytest.approx([6.0, 6.0])
     assert (line.read_bytes, line.write_bytes, line.peak_bytes) == (120, 0, 60)
+
+
+def test_the_engines_own_work_is_foreseen_but_is_no_bound() -> None:
+    quick = two_in_turn(R)
+    slow = replace(quick, moments=tuple(replace(m, handling_s=1.0) for m in quick.moments))
+    line = simulate(slow, DRIVE, 60, IN_TURN, frozenset({1}))
+    assert line.step_s == pytest.approx(2 * (6.0 + 1.0 + 4.0))
+    assert bound(slow, DRIVE, {}, {}) == bound(quick, DRIVE, {}, {})
 
 
 def test_latency_is_paid_per_transfer() -> None:

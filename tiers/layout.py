@@ -107,8 +107,8 @@ def choose_chunk_bytes(budget_bytes: int, copies: int) -> int:
     An update needs ``copies`` chunks at once (weight, gradient, states). At least six such sets
     should fit in half the budget: one computing, some being read and written; with three, what
     they take is missed where bytes are saved. Below a huge page each transfer costs more than that
-    saves, so where they are at least that long three sets will do. 64 MiB, which transfers no faster, is for budgets of
-    models so large that planning by smaller chunks would take seconds. (All in docs/log.md.)
+    saves: there three sets will do. 64 MiB, which transfers no faster, is for budgets of models so
+    large that planning by smaller chunks would take seconds. (All in docs/log.md.)
     """
     limit = budget_bytes // (12 * copies)
     if limit < 2 * MIB <= 2 * limit:
