@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import offload
 from offload.errors import OffloadError
+from offload.watch import Watch
 
 if TYPE_CHECKING:
     from tests.conftest import Life, Manager, Twins
@@ -218,7 +219,7 @@ def test_func_transforms_are_refused_with_the_remedy(
 
 
 def test_no_thread_outlives_a_run_in_mid_step(manage: Manager) -> None:
-    """A recorded step is sampled by a thread: closing a run, or dropping it, ends that too."""
+    """A recorded step is sampled by a thread: closing the run ends that too."""
 
     def sampling() -> int:
         return sum(t.name == "offload-watch" for t in threading.enumerate())
@@ -229,3 +230,14 @@ def test_no_thread_outlives_a_run_in_mid_step(manage: Manager) -> None:
     assert sampling() == before + 1, "the first step is not watched"
     run.close()
     assert sampling() == before
+
+
+def test_a_sampling_thread_ends_with_what_it_samples() -> None:
+    """Where a run is dropped without being closed nothing else would stop it."""
+    watch = Watch(lambda: 0)
+    before = set(threading.enumerate())
+    watch.start()
+    (thread,) = set(threading.enumerate()) - before
+    del watch
+    thread.join(timeout=10)
+    assert not thread.is_alive()
