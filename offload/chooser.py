@@ -145,7 +145,7 @@ class Chooser:
         needs_bytes = max(
             (sum(trace.chunk_bytes[n.chunk] for n in m.needs) for m in moments), default=0
         )
-        base_bytes = profile.base_bytes + 2 * engine.largest_gradient_bytes + (
+        base_bytes = profile.base_bytes + 2 * engine.outlook.largest_gradient_bytes + (
             self._staging_bytes if homed else 0
         )  # fmt: skip
         working_bytes = base_bytes + (needs_bytes if homed else 0)

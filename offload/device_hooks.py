@@ -65,7 +65,9 @@ class DeviceHooks:
         self._saved = SavedInFrames(
             level.frames, self._fetch_saved, activations, self._pass.running
         )
-        level.largest_gradient_bytes = max((c.size_bytes for c in level.frames.chunks), default=0)
+        level.outlook.largest_gradient_bytes = max(
+            (c.size_bytes for c in level.frames.chunks), default=0
+        )
         self._undo = ExitStack()
         self._attach(model)
 
@@ -104,8 +106,8 @@ class DeviceHooks:
             self._end_pass()
             self._grads.nothing_in_flight()
             check_parameters(module, self._binding)
-            self._host.user_hooks = has_user_hooks(module)
-            self._device.engine.frames.scrutiny.careful = self._host.user_hooks
+            self._host.trust.hooks = has_user_hooks(module)
+            self._device.engine.frames.scrutiny.careful = self._host.trust.hooks
             kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
             call = call_of("", args, kwargs)
             modes = [steps.begin(kind, call) for steps in self._levels]

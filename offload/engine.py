@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from offload.errors import BudgetError, SpillError
+from offload.errors import SpillError
 from offload.ledger import Ledger
+from offload.outlook import Outlook
 from offload.prefetch.plan import Ops
 from offload.prefetch.trace import Access, Need, Phase
 from offload.record import Follower, Recorder
 from offload.tiers.home import Backing, Chunk, HomeSpace
-from offload.tiers.spec import format_size
+from offload.trust import Trust
 
 T = TypeVar("T")
 
@@ -58,13 +59,8 @@ class Engine:
         self._queue: deque[int] = deque()  # planned loads that wait for room
         self._last: tuple[Need, ...] = ()
         self.phase = Phase.FORWARD
-        self.user_hooks = True  # whether code of the user's may run within a backward pass
-        self.alone: Callable[[], bool] = lambda: False  # no code of the user's runs: see calls.py
-        self._sheltered: set[int] = set()  # came while alone, in the pass that runs
-        self.largest_gradient_bytes = 0
-        self.largest_update_bytes = 0
-        self.foresee_step_bytes: Callable[[], int] = lambda: 0
-        self.remedy = "use a smaller batch or gradient checkpointing"
+        self.trust = Trust()
+        self.outlook = Outlook()
         # Room that is not chunks': a write that can be awaited; True: what was read ahead, too.
         self.relieve: Callable[[bool], bool] = lambda _: False
 
@@ -173,7 +169,7 @@ class Engine:
         if self.follower is not None and self.follower.cursor >= 0:
             planned = self.follower.trace.moments[self.follower.cursor].other_bytes
             return max(planned - self.ledger.other_bytes, 0)
-        return self.largest_gradient_bytes if self.phase.in_backward else 0
+        return self.outlook.largest_gradient_bytes if self.phase.in_backward else 0
 
     def _hold_back(self, keep: set[int]) -> None:
         """Make that room where it can be had; where it cannot, taking it will say so."""
@@ -230,23 +226,7 @@ class Engine:
 
     def _refuse(self, size_bytes: int, keep: set[int], what: str) -> None:
         held = sum(self.space.chunks[c].size_bytes for c in keep & self._resident.keys())
-        ledger = self.ledger
-        so_far = ledger.fixed_bytes + ledger.other_bytes + held + size_bytes
-        whole = self.foresee_step_bytes()  # 0 where that cannot be told
-        least = max(so_far, whole)
-        known = "the step" if whole >= so_far else "so far the step"
-        raise BudgetError(
-            f"host tier: {what} needs {format_size(size_bytes)} more, but of the budget of "
-            f"{format_size(ledger.budget_bytes)} weights, gradients and state in use take "
-            f"{format_size(held)}, activations and gradients in flight "
-            f"{format_size(ledger.other_bytes)}, fixed memory {format_size(ledger.fixed_bytes)}; "
-            f"{known} needs host_memory of at least {format_size(least)}: give that or "
-            f"more, or {self.remedy}",
-            tier="host",
-            needed_bytes=least,
-            given_bytes=ledger.budget_bytes,
-            smallest_bytes=least,
-        )
+        raise self.outlook.refusal(self.ledger, held, size_bytes, what)
 
     # -- single moves -----------------------------------------------------------------------
 
@@ -261,9 +241,9 @@ class Engine:
             self._leaving[chunk.id] = chunk
 
     def _is_unchanged(self, chunk: Chunk) -> bool:
-        if chunk.id in self._sheltered and self.alone():
-            return True
-        return self._waiting("checksum", lambda: self.space.unchanged(chunk))
+        return self.trust.untouched(chunk.id) or self._waiting(
+            "checksum", lambda: self.space.unchanged(chunk)
+        )
 
     def _finish_leaving(self, chunk: Chunk) -> None:
         del self._leaving[chunk.id]
@@ -273,8 +253,7 @@ class Engine:
             self.space.start_save(chunk)
             self._moving(chunk, "written to", lambda: self.space.finish_save(chunk))
         # Where user code may have written since it is written again.
-        quiet = self.phase.updates or (self.phase is Phase.BACKWARD and not self.user_hooks)
-        if not quiet and not self.space.unchanged(chunk):
+        if not self.trust.quiet(self.phase) and not self.space.unchanged(chunk):
             chunk.dirty = True
         if chunk.dirty:
             self._evict(chunk)
@@ -307,7 +286,7 @@ class Engine:
         user_code = not self.phase.updates
         self._moving(chunk, "read from", lambda: self.space.install(chunk, user_code=user_code))
         self._resident[chunk.id] = None
-        self._sheltered |= {chunk.id} if self.alone() else set()
+        self.trust.came(chunk.id)
 
     def _moving(self, chunk: Chunk, how: str, work: Callable[[], None]) -> None:
         try:
@@ -369,7 +348,7 @@ class Engine:
     def _end_moment(self) -> None:
         """Code of the user's ran or will run: nothing that was so is taken for granted."""
         self._last = ()
-        self._sheltered.clear()
+        self.trust.forget()
 
     def evict(self, chunks: Iterable[int]) -> None:
         """Send these chunks home now (for tests, and for a device tier that needs the room)."""

@@ -69,7 +69,7 @@ class Foresight:
         finally:
             logger.disabled = before
         engine = self._engine
-        return engine.ledger.fixed_bytes + max(peak_bytes, engine.largest_update_bytes)
+        return engine.ledger.fixed_bytes + max(peak_bytes, engine.outlook.largest_update_bytes)
 
     def _rehearse(self) -> int:
         mode = FakeTensorMode()

@@ -40,7 +40,7 @@ class GradientHomes:
         trained = [home for home in binding.homes.values() if home.family.trained]
         several = shared_params(model)
         self.shared = tuple(home for home in trained if home.param in several)
-        engine.largest_gradient_bytes = max(map(gradient_bytes, trained), default=0)
+        engine.outlook.largest_gradient_bytes = max(map(gradient_bytes, trained), default=0)
 
     def before(self, home: Home, grad: Tensor) -> None:
         """Autograd is about to add ``grad``. Raises BudgetError; OffloadError where sparse."""

@@ -64,11 +64,11 @@ class Hooks:
         self._units = find_units(model)
         self._foresight = Foresight(model, engine, binding)
         if means.setting == "keep":
-            engine.foresee_step_bytes = self._foresight.step_bytes  # it knows of keeping alone
+            engine.outlook.step_bytes = self._foresight.step_bytes  # it knows of keeping alone
             if self._units:
-                engine.remedy = REMEDY
+                engine.outlook.remedy = REMEDY
             self._units = {}
-        engine.alone = lambda: self._pass.known and self._running()
+        engine.trust.alone = lambda: self._pass.known and self._running()
         self._root = [
             model.register_forward_pre_hook(Hook(self._enter_root), prepend=True, with_kwargs=True),
             model.register_forward_hook(Hook(self._leave_root), always_call=True),
@@ -178,7 +178,7 @@ class Hooks:
             return
         if kind is Kind.TRAIN:
             self.activations.begin_pass(call.extent, len(self._units))
-        self._engine.user_hooks = has_user_hooks(self._model)
+        self._engine.trust.hooks = has_user_hooks(self._model)
         self._pass.known = kind is Kind.INFER and is_known(self._model)
         if part:
             self._foresight.see_nothing()

@@ -39,7 +39,7 @@ class UpdateStore:
             if family.trained:
                 self._plans += _family_groups(family, profile)
         self._homed = len(self._plans)
-        engine.largest_update_bytes = sum(
+        engine.outlook.largest_update_bytes = sum(
             engine.space.chunks[c].size_bytes for c in self.largest_group
         )
 

@@ -114,7 +114,7 @@ class Accumulator:
         Gradients of tied weights that wait are not foreseen: activations go while they come.
         """
         engine = self._parts.engine
-        needed_bytes = engine.ledger.other_bytes + 2 * engine.largest_gradient_bytes
+        needed_bytes = engine.ledger.other_bytes + 2 * engine.outlook.largest_gradient_bytes
         return needed_bytes - engine.ledger.capacity_bytes
 
     def _decline(self, why: str) -> None:
