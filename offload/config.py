@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from offload.errors import OffloadError
+from offload.spare import free_memory_bytes
 from offload.tiers.spec import Budget, Machine, parse_size
 
 if TYPE_CHECKING:
@@ -91,19 +90,3 @@ def with_activations(given: Given, setting: str) -> Given:
     if setting == "swap" and given.disk is None:
         raise OffloadError('activations="swap" needs a disk=... folder to swap to')
     return replace(given, activations=setting)
-
-
-def free_memory_bytes() -> int:
-    """Memory this process may still take: the least of the machine's and its cgroup's."""
-    free = int(psutil.virtual_memory().available)
-    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-    for limit, usage in (
-        (v2 / "memory.max", v2 / "memory.current"),
-        (v1 / "memory.limit_in_bytes", v1 / "memory.usage_in_bytes"),
-    ):
-        try:
-            left = int(limit.read_text()) - int(usage.read_text())
-        except (OSError, ValueError):
-            continue
-        free = min(free, max(left, 0))
-    return free

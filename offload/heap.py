@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from offload.spare import free_memory_bytes
 from offload.tiers import vm
 from offload.tiers.spec import MIB
 
 FREE_KEPT_BYTES = 16 * MIB  # of freed memory that malloc may keep and no budget accounts for
 MOST_KEPT_BYTES = 64 * MIB
-BLIND_LOOKS = 16  # after so many the baseline, which other code moves too, is taken anew
+BLIND_LOOKS = 64  # after so many the baseline, which other code moves too, is taken anew
 
 
 def kept_bytes_for(budget_bytes: int) -> int:
@@ -35,13 +36,22 @@ class Heap:
     """Knows an upper limit of what malloc keeps, and measures where that might be too much.
 
     ``accounted``: the bytes that a ledger knows of. ``kept_bytes`` may always be kept, and more
-    while the budget has room for it.
+    while the budget has room for it. ``slack_bytes``: what a watched step took beyond its account
+    all the same; a sixteenth of what ``spare`` says that the system has left may be kept of that.
     """
 
-    def __init__(self, accounted: Callable[[], int], kept_bytes: int = FREE_KEPT_BYTES) -> None:
+    def __init__(
+        self,
+        accounted: Callable[[], int],
+        kept_bytes: int = FREE_KEPT_BYTES,
+        spare: Callable[[], int] = free_memory_bytes,
+    ) -> None:
         self.kept_bytes = kept_bytes
+        self.slack_bytes = 0
         self.trims = 0
         self._accounted = accounted
+        self._spare = spare
+        self._extra_bytes = 0
         self._baseline = 0  # what the process held beyond its account when nothing was kept
         self._measured_bytes = 0  # kept, when last looked at
         self._freed_bytes = 0  # since then
@@ -53,17 +63,21 @@ class Heap:
 
     def settle(self, room_bytes: int) -> None:
         """Before memory is taken elsewhere, of which ``room_bytes`` will then be left."""
-        allowed_bytes = max(self.kept_bytes, room_bytes)
-        if self._measured_bytes + self._freed_bytes < allowed_bytes:
+        if self._measured_bytes + self._freed_bytes < self._allowed_bytes(room_bytes):
             return
         self._look()
         self._looks += 1
+        allowed_bytes = self._allowed_bytes(room_bytes)
         if self._measured_bytes >= allowed_bytes or self._looks >= BLIND_LOOKS:
             vm.return_freed_memory()
             self._baseline = anonymous_bytes() - self._accounted()
             self._measured_bytes = self._looks = 0
             self.trims += 1
 
+    def _allowed_bytes(self, room_bytes: int) -> int:
+        return max(self.kept_bytes, room_bytes + self._extra_bytes)
+
     def _look(self) -> None:
+        self._extra_bytes = min(self.slack_bytes, self._spare() // 16)
         self._measured_bytes = anonymous_bytes() - self._accounted() - self._baseline
         self._freed_bytes = 0

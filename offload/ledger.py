@@ -48,8 +48,11 @@ class Ledger:
             self._trim(size_bytes, sparing=size_bytes)
 
     def hold(self, size_bytes: int) -> None:
-        """Free idle frames so that this much can appear before it is debited."""
-        self._settle(size_bytes)
+        """Free idle frames so that this much can appear before it is debited.
+
+        It appears through malloc, which takes it from what it kept.
+        """
+        self._settle(0)
         self._trim(size_bytes)
         self.held_bytes = size_bytes
 

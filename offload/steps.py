@@ -162,6 +162,7 @@ class Steps:
         self._step = _Step(kind, mode, ahead=mode is not Mode.REPLAY or track.trial.ahead)
         self._moved = {n: lane.meter.moved_bytes for n, lane in self._engine.space.lanes.items()}
         if mode is Mode.RECORD:
+            self._engine.ledger.heap.slack_bytes = 0  # to see what the step cannot do without
             self.watch.start()
         # Where all fits inference moves nothing; a training step's update still follows its plan.
         still = mode is Mode.FITS and kind is Kind.INFER
@@ -176,6 +177,7 @@ class Steps:
         engine, step, track = self._engine, self._step, self.tracks[self._step.kind]
         engine.finish()
         self.watch.stop()
+        engine.ledger.heap.slack_bytes = self.watch.excess_bytes
         assert engine.recorder is not None
         recorder = engine.recorder
         trace = recorder.finish(tuple(c.size_bytes for c in engine.space.chunks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from offload.heap import FREE_KEPT_BYTES, Heap, anonymous_bytes, kept_bytes_for
@@ -57,3 +58,17 @@ def test_the_ledger_asks_before_a_frame_is_made() -> None:
     ledger.heap.freed(40 * MIB)
     ledger.prepare_frame(60 * MIB, idle=False)
     assert ledger.heap.trims == trims + 1
+
+
+@pytest.mark.parametrize(("spare_bytes", "trims"), [(GIB, 1), (0, 2)])
+def test_what_a_watched_step_took_may_be_kept_where_the_system_has_it(
+    spare_bytes: int, trims: int
+) -> None:
+    heap = Heap(lambda: 0, spare=lambda: spare_bytes)
+    heap.freed(FREE_KEPT_BYTES)
+    heap.settle(0)  # the first look finds the baseline
+    heap.slack_bytes = 128 * MIB
+    make_and_free(48 * MIB)
+    heap.freed(48 * MIB)
+    heap.settle(0)
+    assert heap.trims == trims
