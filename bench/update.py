@@ -160,15 +160,8 @@ def measure_mixed(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    """Measure, print a table, append one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--params", type=int, default=32_000_000)
-    parser.add_argument("--piece", type=int, default=PIECE_ELEMENTS, help="elements per piece")
-    parser.add_argument("--group", type=int, default=1 << 24, help="elements per update group")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--instances", type=int, default=5, help="pairs with fresh memory")
-    args = parser.parse_args()
+def in_float32(args: argparse.Namespace) -> list[dict[str, object]]:
+    """Measure the flavours of AdamW over float32 alone and print a table."""
     rows = [measure(flags, args) for flags in ({"fused": True}, {}, {"foreach": True})]
     print(f"{'AdamW':10} {'M params/s':>10} {'x plain':>8} {'x memory bound':>15}  bits")
     for row in rows:
@@ -176,14 +169,29 @@ def main() -> None:
             f"{row['flavour']:10} {row['chunked_mparams_per_s']:10.0f} {row['over_plain']:8.2f} "
             f"{row['of_memory_bound']:15.2f}  {'same' if row['same_bits'] else 'DIFFER'}"
         )
-    mixed = measure_mixed(args)
-    print(
-        f"bf16 gradients in, bf16 copy out: {mixed['chunked_mparams_per_s']:.0f} M params/s, "
-        f"{mixed['over_sequence']:.2f} x g.float(), step, copy; "
-        f"{mixed['over_sequence_in_kept_memory']:.2f} x the same into kept memory; "
-        f"bits {'same' if mixed['same_bits'] else 'DIFFER'}"
-    )
-    rows.append(mixed)
+    return rows
+
+
+def main() -> None:
+    """Measure, print, append one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--params", type=int, default=32_000_000)
+    parser.add_argument("--piece", type=int, default=PIECE_ELEMENTS, help="elements per piece")
+    parser.add_argument("--group", type=int, default=1 << 24, help="elements per update group")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--instances", type=int, default=5, help="pairs with fresh memory")
+    parser.add_argument("--only", choices=["float32", "bfloat16"], help="of gradients and copies")
+    args = parser.parse_args()
+    rows = [] if args.only == "bfloat16" else in_float32(args)
+    if args.only != "float32":
+        mixed = measure_mixed(args)
+        print(
+            f"bf16 gradients in, bf16 copy out: {mixed['chunked_mparams_per_s']:.0f} M params/s, "
+            f"{mixed['over_sequence']:.2f} x g.float(), step, copy; "
+            f"{mixed['over_sequence_in_kept_memory']:.2f} x the same into kept memory; "
+            f"bits {'same' if mixed['same_bits'] else 'DIFFER'}"
+        )
+        rows.append(mixed)
     line = {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -80,6 +82,13 @@ def own_copy(value: Any) -> Any:
     return value
 
 
+def _is_left_alone(now: Mapping[str, Any], start: Mapping[str, Any], own: frozenset[str]) -> bool:
+    """Whether a step put nothing in the place of these values, and nothing beside them."""
+    if len(now) != len(start) + sum(map(now.__contains__, own)):
+        return False
+    return all(map(operator.is_, map(now.get, start, repeat(_MISSING)), start.values()))
+
+
 class GroupLedger:
     """Group values and attributes of one step: every subset starts alike, all must agree."""
 
@@ -90,6 +99,7 @@ class GroupLedger:
             for group in optimizer.param_groups
         ]
         self._attributes = {k: v for k, v in optimizer.__dict__.items() if k not in _OWN}
+        self._spare: Optimizer | None = None  # a closed shadow that is as it was made
         self._merged: dict[int, dict[str, Any]] = {}
         self._changed: dict[str, Any] = {}
 
@@ -97,6 +107,12 @@ class GroupLedger:
         self, params: Mapping[int, list[Tensor]], state: Mapping[Tensor, dict[str, Any]]
     ) -> Optimizer:
         """A shadow over ``params`` (per index of param group), with the values of the start."""
+        twin, self._spare = self._spare, None
+        if twin is not None:
+            for i, tensors in params.items():
+                twin.param_groups[i]["params"] = tensors
+            twin.state = defaultdict(dict, state)
+            return twin
         groups = [
             {
                 **{k: v for k, v in real.items() if k in _NAMING},
@@ -114,8 +130,17 @@ class GroupLedger:
     def close(self, twin: Optimizer, touched: Iterable[int]) -> None:
         """Note what a stepped shadow did to the groups in which it had parameters.
 
+        Its ``state`` is to be taken before: a shadow that changed nothing is opened again.
         Raises CoupledOptimizerError when an earlier subset ended with other values.
         """
+        if self._is_as_opened(twin):
+            for i in touched:
+                twin.param_groups[i]["params"] = []
+                start = self._start[i]
+                self._agree(f"param_groups[{i}]", self._merged.setdefault(i, start), start)
+            twin.state = defaultdict(dict)
+            self._spare = twin
+            return
         for i in touched:
             values = {k: v for k, v in twin.param_groups[i].items() if k not in _NAMING}
             self._agree(f"param_groups[{i}]", self._merged.setdefault(i, values), values)
@@ -124,6 +149,17 @@ class GroupLedger:
                 continue
             before = self._changed.setdefault(name, value)
             self._agree("attributes", {name: before}, {name: value})
+
+    def _is_as_opened(self, twin: Optimizer) -> bool:
+        """Whether all values are the very objects of the start.
+
+        What can be changed in place never is: each shadow has its own copy.
+        """
+        return (
+            len(twin.param_groups) == len(self._start)
+            and all(map(_is_left_alone, twin.param_groups, self._start, repeat(_NAMING)))
+            and _is_left_alone(twin.__dict__, self._attributes, _OWN)
+        )
 
     def _agree(self, where: str, first: dict[str, Any], now: dict[str, Any]) -> None:
         if first is now:

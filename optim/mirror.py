@@ -265,11 +265,12 @@ def _trial_subset(ledger: GroupLedger, samples: list[_Sample], n: int) -> None:
     tensors = {id(s): t for s, t in zip(samples, _in_order(params, samples), strict=True)}
     twin = ledger.open(params, {tensors[id(s)]: s.state for s in samples if s.state})
     raw_step(type(twin))(twin)
+    state = twin.state
     ledger.close(twin, params)
     for s in samples:
         s.weight = tensors[id(s)].detach()
-        s.state = dict(twin.state.pop(tensors[id(s)], {}))
-    if twin.state:
+        s.state = dict(state.pop(tensors[id(s)], {}))
+    if state:
         raise coupled(twin, "it keeps state that belongs to no parameter")
 
 

@@ -75,6 +75,7 @@ class Source:
     sizes: Sizes
     element_names: frozenset[str]  # the state that is known to be per element
     flats: dict[str, Tensor] | None = None  # per-element state, flattened
+    weight: Tensor | None = None  # where there are flats, the parameter, flattened
     kept: dict[str, Kept] = field(default_factory=dict)  # state that is stored narrow
     step: int = 0
     converts: bool = False
@@ -96,7 +97,7 @@ class Piece:
         Views, no copies, but for a gradient of another dtype: that one is in the workspace.
         """
         source, param = self.source, self.source.segment.param
-        if source.flats is None:
+        if source.flats is None or source.weight is None:
             self.state = dict(source.entries)
             self.tensor = param
             if coefficient is not None or source.converts or source.grad is not param.grad:
@@ -108,8 +109,7 @@ class Piece:
         grad = source.grad[where]
         if source.converts:
             grad = workspace.convert(grad, param.dtype)
-        # A detached view shares the parameter's version counter, unlike `.data`.
-        self.tensor = param.detach().view(-1)[where]
+        self.tensor = source.weight[where]
         self.tensor.grad = grad if coefficient is None else grad * coefficient
         self.state = {
             name: source.flats[name][where] if name in source.flats else own_copy(value)
@@ -147,6 +147,8 @@ def flatten(source: Source) -> None:
         if not source.kept and (fits or not plain):
             return
     source.grad = source.grad.detach().reshape(-1)
+    # A detached view shares the parameter's version counter, unlike `.data`.
+    source.weight = param.detach().view(-1)
     source.flats = {
         name: value.view(-1)
         for name, value in source.entries.items()

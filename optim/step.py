@@ -298,6 +298,7 @@ class ChunkedStep:
         # Copied: a step may put another tensor in its place, which has to be seen.
         twin = run.ledger.open(params, {piece.tensor: dict(piece.state) for piece in batch})
         raw_step(type(twin))(twin)
+        state = twin.state
         run.ledger.close(twin, params)
         for piece in batch:
             param = piece.source.segment.param
@@ -305,7 +306,7 @@ class ChunkedStep:
                 self._store.mixed.stepped(param, piece.start, piece.tensor)
             if param not in run.merges:
                 run.merges[param] = StateMerge(param, self._homes)
-            if run.merges[param].absorb(piece, twin.state.get(piece.tensor, {})):
+            if run.merges[param].absorb(piece, state.get(piece.tensor, {})):
                 run.merges[param].commit(self._optimizer.state)
 
     def _gradient(self, param: nn.Parameter) -> Tensor | None:
