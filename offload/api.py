@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from offload.activations import Means
+from offload.activations import Means, find_units
 from offload.attach import How, attach
 from offload.bind import Binding, Family, build_family, family_keys, refuse_odd_parameters
 from offload.config import Given, Size, Tuning, understand, with_activations
@@ -295,7 +295,7 @@ def _build(
                 {k: v for _, p in named for k, v in narrowing.mirrors(learnt, p).items()},
                 chunk_bytes,
             )
-            for (_, is_trained, _), named in family_keys(model, trained).items()
+            for (_, is_trained, _), named in family_keys(model, trained, find_units(model)).items()
         ]
     except DiskFull as error:
         raise SpillError(str(error.strerror)) from error

@@ -158,14 +158,37 @@ class Binding:
 
 
 def family_keys(
-    model: nn.Module, trained: set[nn.Parameter]
+    model: nn.Module, trained: set[nn.Parameter], units: Iterable[str] = ()
 ) -> dict[tuple[torch.dtype, bool, bool], list[tuple[str, nn.Parameter]]]:
-    """Parameters by (dtype, trained, contiguous), in registration order, tied ones once."""
+    """Parameters by (dtype, trained, contiguous), in `storage_order`, tied ones once."""
     keys: dict[tuple[torch.dtype, bool, bool], list[tuple[str, nn.Parameter]]] = {}
-    for name, param in model.named_parameters():
+    for name, param in storage_order(model, units):
         key = (param.dtype, param in trained, param.is_contiguous())
         keys.setdefault(key, []).append((name, param))
     return keys
+
+
+def storage_order(model: nn.Module, units: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
+    """Parameters as registered, but within each unit (by name) the vectors before the matrices.
+
+    Many models register the norms of a block behind its matrices, and compute with the first of
+    them before all else: its gradient is the block's last. Behind the matrices it would have the
+    end of this block and the begin of the next wait, since they share its chunk.
+    """
+    home = {
+        f"{unit}.{name}": unit for unit in units
+        for name, _ in model.get_submodule(unit).named_parameters()
+    }  # fmt: skip
+    named = list(model.named_parameters())
+    place: dict[str, int] = {}
+    for i, (name, _) in enumerate(named):
+        place.setdefault(home.get(name, name), i)
+
+    def order(item: tuple[str, nn.Parameter]) -> tuple[int, bool]:
+        name, param = item
+        return place[home.get(name, name)], name in home and param.dim() > 1
+
+    return sorted(named, key=order)
 
 
 def refuse_odd_parameters(model: nn.Module) -> None:

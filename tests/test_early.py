@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import offload
+from offload.activations import find_units
+from offload.bind import storage_order
 from offload.config import Tuning
 from offload.run import Runtime
 from offload.steps import Kind
@@ -96,6 +98,29 @@ def test_gradients_never_touch_the_disk(zoo: Zoo, manage: Manager) -> None:
     touched = {n.chunk for m in trace.moments for n in m.needs}
     grads = {c for h in run.parts.binding.homes.values() for c in h.grad_chunks}
     assert not touched & grads
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_block_begins_with_its_vectors(name: str, zoo: Zoo, manage: Manager) -> None:
+    """Else the first norm's gradient, a block's last, holds up what shares a chunk with it."""
+    model = zoo.build(name)
+    registered, units = dict(model.named_parameters()), list(find_units(model))
+    order = [n for n, _ in storage_order(model, units)]
+    assert len(units) > 1
+    assert order != list(registered)
+    assert storage_order(model, []) == list(registered.items())
+
+    def block(name: str) -> str:
+        return next((u for u in units if name.startswith(f"{u}.")), "")
+
+    for part in ("", *units):  # nothing leaves its block, and equals keep their order
+        mine = [n for n in registered if block(n) == part]
+        if part:
+            mine.sort(key=lambda n: registered[n].dim() > 1)
+        assert [n for n in order if block(n) == part] == mine
+    assert list(map(block, order)) == list(map(block, registered))
+    run = manage(model, adamw(model), host_bytes=HOST_BYTES, step_in_backward=True)
+    assert [n for family in run.parts.binding.families for n in family.names] == order
 
 
 def test_on_the_framed_path(zoo: Zoo, tmp_path: Path) -> None:
