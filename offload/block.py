@@ -98,7 +98,9 @@ class Block:
                 begun = self._places.admit()
                 for rows in begun:
                     prompts = [self._prompts[row] for row in rows]
-                    cohorts.append(Cohort(rows, prompts, caches.new(), self._dialect))
+                    # The last token that is generated is not fed again.
+                    tokens = max(map(len, prompts)) + self._ending.new_tokens - 1
+                    cohorts.append(Cohort(rows, prompts, caches.new(tokens), self._dialect))
                 picked = self._forward(cohorts)
                 finished = self._settle(cohorts, picked, written)
                 for cohort in cohorts:
@@ -211,10 +213,12 @@ def _reserved(parts: Parts, size_bytes: int) -> Iterator[None]:
     engine, steps = parts.engine, parts.steps
     engine.take_other(size_bytes, "the block of rows to generate (keys, values, activations)")
     steps.forget(Kind.INFER)  # planned with other room
+    steps.constant_bytes = size_bytes
     try:
         yield
     finally:
         engine.ledger.give_other(size_bytes)
+        steps.constant_bytes = 0
         steps.forget(Kind.INFER)
 
 

@@ -1,4 +1,4 @@
-"""Where the keys and values of a block of rows live: in transformers' own caches, or in tiers."""
+"""Where the keys and values of a block of rows live: whole in memory, or in tiers."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Caches(Protocol):
         """While a block of this plan runs; what was not ended ends here."""
         yield
 
-    def new(self) -> Any:
-        """A cache of transformers' kind."""
+    def new(self, tokens: int) -> Any:
+        """A cache of transformers' kind for rows of so many tokens."""
         ...
 
     def end(self, cache: Any) -> None:
@@ -93,7 +93,7 @@ def caches_for(model: nn.Module, parts: Parts, given: Given, asked: KVAsked) -> 
 
 
 class PlainCaches:
-    """transformers' own, whole in memory."""
+    """Whole in memory; see offload/roomcache.py."""
 
     def __init__(self, model: nn.Module) -> None:
         self.cost = block_cost(model)
@@ -141,8 +141,8 @@ class TieredCaches:
                 self.end(cache)
             store.room.account.prepaid(0)
 
-    def new(self) -> Any:
-        """Raises OffloadError outside of `opened`."""
+    def new(self, tokens: int) -> Any:
+        """Raises OffloadError outside of `opened`. Blocks come as they are needed."""
         from offload.kv import Wanted, new_cache
 
         cost, plan = self.cost.kv, self._plan

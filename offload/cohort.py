@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from offload.calls import Call
 from offload.errors import OffloadError
 
-NewCache = Callable[[], Any]  # a transformers Cache
+NewCache = Callable[[int], Any]  # a transformers Cache for so many tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Cohort:
 
 
 def dynamic_caches(model: nn.Module) -> NewCache:
-    """Makes transformers' own caches. Raises OffloadError where rows cannot leave them."""
+    """Makes caches whole in memory. Raises OffloadError where rows cannot leave them."""
     from transformers import DynamicCache
 
     config: Any = model.config
@@ -100,4 +100,6 @@ def dynamic_caches(model: nn.Module) -> NewCache:
             f"{type(model).__name__} keeps a state that is not keys and values: runtime.generate() "
             "cannot take rows out of it; use model.generate()"
         )
-    return lambda: DynamicCache(config=config)
+    from offload.roomcache import room_cache
+
+    return lambda tokens: room_cache(config, tokens)

@@ -140,5 +140,5 @@ def _show(policy: Policy, shape: Shape, work: Workload) -> None:
     console.print(
         f"bound: {work.prompts * work.new_tokens / times.bound_s:.2f} tokens/s; "
         f"what binds: {times.binding}. A pass takes {times.pass_s:.3f} s, prompts "
-        f"{times.prefill_s:.3f} s. The first passes, which are recorded, take longer."
+        f"{times.prefill_s:.3f} s, the first ones, whose pass is recorded, {times.first_s:.3f} s."
     )

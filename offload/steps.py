@@ -96,8 +96,8 @@ class Track:
         follower = Follower(self.trace, plan) if plan is not None and not self.stale else None
         fits = self.fits and call.extent <= self.extent
         return Track(
-            self.trace, follower, fits=fits, extent=self.extent if fits else 0, part=call.part,
-            borrowed=True,
+            self.trace, follower, stale=follower is None, fits=fits,
+            extent=self.extent if fits else 0, part=call.part, borrowed=True,
         )  # fmt: skip
 
 
@@ -127,6 +127,7 @@ class Steps:
         self.watch = Watch(lambda: engine.ledger.used_bytes + engine.ledger.held_bytes)
         self.tracks = {kind: Track() for kind in Kind}
         self.forms: OrderedDict[str, Track] = OrderedDict()  # of inference, latest call last
+        self.constant_bytes = 0  # of memory that is not chunks: the same however inputs grow
         self._may_fit = may_fit
         self._engine = engine
         self._plan_for = plan_for
@@ -185,7 +186,7 @@ class Steps:
         if step.mode is not Mode.RECORD:
             self._time(track, step, time.perf_counter() - recorder.began_s)
         elif step.kind is Kind.INFER:
-            trace = _roomier(trace, engine.ledger.capacity_bytes)
+            trace = _roomier(trace, engine.ledger.capacity_bytes, self.constant_bytes)
         if step.mode is not Mode.FITS and step.ahead:  # without hooks it shows the update alone
             self._learn(track, trace, watched=step.mode is Mode.RECORD)
         self._resume()
@@ -293,13 +294,14 @@ class Steps:
         return all_bytes + other_bytes <= self._engine.ledger.capacity_bytes
 
 
-def _roomier(trace: Trace, capacity_bytes: int) -> Trace:
+def _roomier(trace: Trace, capacity_bytes: int, constant_bytes: int) -> Trace:
     """With room, where there is some, for inputs that grow before they are watched again."""
 
     def room(moment: Moment) -> int:
         held_bytes = sum(trace.chunk_bytes[c] for c in {n.chunk for n in moment.needs})
         most_bytes = max(capacity_bytes - held_bytes, moment.other_bytes)
-        return min(int(moment.other_bytes * GROWTH), most_bytes)
+        growing_bytes = max(moment.other_bytes - constant_bytes, 0)
+        return min(moment.other_bytes + int(growing_bytes * (GROWTH - 1)), most_bytes)
 
     return replace(trace, moments=tuple(replace(m, other_bytes=room(m)) for m in trace.moments))
 

@@ -100,7 +100,8 @@ class Shares:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Predicted seconds. ``prefill_s`` and ``pass_s`` (one token of every row) are of one block.
+    """Predicted seconds. ``prefill_s`` and ``pass_s`` (one token of every row) are of one block;
+    ``first_s``: of the first prompts, whose pass is recorded and reads on demand.
 
     ``bound_s``: of the whole workload were each lane to run at its lone rate, all in parallel;
     ``binding``: the lane that then takes longest.
@@ -111,6 +112,7 @@ class Times:
     total_s: float
     bound_s: float
     binding: str
+    first_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,8 @@ def plan(trace: Trace, machine: Machine, capacity_bytes: int) -> Plan:
     gaps = find_gaps(trace, machine, uses)
     replay = Replay(trace, machine, capacity_bytes, uses)
     unit, plans = int(uses.needed_bytes.max()), []
-    for reserve in _reserves(unit, len(gaps.chunk), capacity_bytes - least):
+    chunk = int(np.median(trace.chunk_bytes)) if trace.chunk_bytes else 0
+    for reserve in _reserves(unit, chunk, len(gaps.chunk), capacity_bytes - least):
         stays = _stays(trace, gaps, capacity_bytes - held, reserve)
         ops, start = _operations(trace, gaps, stays)
         timeline = replay.run(ops, start)
@@ -101,12 +102,18 @@ def _held_bytes(trace: Trace, uses: Uses) -> Ints:
     return uses.needed_bytes + np.array([m.other_bytes for m in trace.moments], dtype=np.int64)
 
 
-def _reserves(unit_bytes: int, uses: int, spare_bytes: int) -> list[int]:
-    """Reserves to try, ascending: parts and multiples of what the hungriest moment needs."""
+def _reserves(unit_bytes: int, chunk_bytes: int, uses: int, spare_bytes: int) -> list[int]:
+    """Reserves to try, ascending: parts and multiples of what the hungriest moment needs.
+
+    One chunk more than the least is often all that reading ahead wants.
+    """
     factors: tuple[float, ...] = _RESERVES
     if uses > _LARGE_TRACE:
         factors = _ONE_RESERVE if uses > _HUGE_TRACE else _FEW_RESERVES
-    return sorted({min(int(unit_bytes * f), spare_bytes) for f in factors})
+    tries = {int(unit_bytes * f) for f in factors}
+    if uses <= _LARGE_TRACE:
+        tries |= {chunk_bytes, 2 * chunk_bytes}
+    return sorted({min(size_bytes, spare_bytes) for size_bytes in tries})
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ from dataclasses import replace
 import numpy as np
 
 from offload.prefetch.generation import Policy, Shares
-from offload.prefetch.plan import Forecast
 from offload.prefetch.planner import DoesNotFit, plan
-from offload.prefetch.search import Candidate, Problem, held_lines, lane_lines, policy_of
+from offload.prefetch.search import Candidate, Line, Problem, held_lines, lane_lines, policy_of
+from offload.prefetch.sharing import Sharing
+from offload.prefetch.simulate import Timeline, simulate
 from offload.prefetch.trace import Access, Moment, Need, Phase, Trace
 
 _MODULES = 8  # of a layer: what is needed at once is about so small a part of it
@@ -39,25 +40,45 @@ def rehearse(problem: Problem, policy: Policy, chunk_bytes: int) -> Policy:
     prefill_s = max(found.times.prefill_s, first.step_s)
     pass_s = max(found.times.pass_s, later.step_s)
     work, blocks = problem.work, -(-problem.work.prompts // candidate.rows)
-    total_s = blocks * (prefill_s + (work.new_tokens - 1) * pass_s)
-    times = replace(found.times, prefill_s=prefill_s, pass_s=pass_s, total_s=total_s)
+    first_s = max(prefill_s, _on_demand_s(problem, candidate, policy))
+    total_s = first_s + (blocks - 1) * prefill_s + blocks * (work.new_tokens - 1) * pass_s
+    times = replace(
+        found.times, prefill_s=prefill_s, pass_s=pass_s, total_s=total_s, first_s=first_s
+    )
     return replace(found, times=times, tokens_per_s=work.prompts * work.new_tokens / total_s)
+
+
+def _on_demand_s(problem: Problem, candidate: Candidate, policy: Policy) -> float:
+    """Of the first prompts' pass: all weights are read, none while anything is computed.
+
+    What was used longest ago leaves first, which in a pass is what is wanted next.
+    """
+    lanes = lane_lines(problem, candidate, prefill=True)
+    read_bytes = problem.shape.weights.pass_bytes
+    return _compute_s(lanes, policy) + read_bytes / problem.rates.machine.read_bytes_per_s
+
+
+def _compute_s(lanes: dict[str, Line], policy: Policy) -> float:
+    return float(lanes["host"] @ np.append(shares_of(policy), 1.0))
 
 
 def _forecast(
     problem: Problem, candidate: Candidate, policy: Policy, chunk_bytes: int, prefill: bool
-) -> Forecast | None:
+) -> Timeline | None:
     """Of one pass; None where the planner finds no room for what the program took for possible."""
     full = np.append(shares_of(policy), 1.0)
-    compute_s = float(lane_lines(problem, candidate, prefill=prefill)["host"] @ full)
+    compute_s = _compute_s(lane_lines(problem, candidate, prefill=prefill), policy)
     full[:3] = 0.0
     other_bytes = int(held_lines(problem, candidate)["host"] @ full)
     other_bytes -= problem.shape.weights.unit_bytes
     trace = pass_trace(problem, compute_s, other_bytes, chunk_bytes)
+    machine, capacity_bytes = problem.rates.machine, problem.budget.host_bytes
     try:
-        return plan(trace, problem.rates.machine, problem.budget.host_bytes).forecast
+        made = plan(trace, machine, capacity_bytes)
     except DoesNotFit:
         return None
+    sharing = Sharing.of(problem.rates.host.drag, problem.rates.host.disk_drag)
+    return simulate(trace, machine, capacity_bytes, made.ops, made.resident_at_start, sharing)
 
 
 def shares_of(policy: Policy) -> np.typing.NDArray[np.float64]:

@@ -303,7 +303,7 @@ def policy_of(problem: Problem, candidate: Candidate, shares: Line) -> Policy:
     return Policy(
         candidate.batch, candidate.micro_batches, weights, kv, hidden, candidate.cpu_attention,
         Times(prefill_s, pass_s, total_s, blocks * (bound_first_s + passes * bound_later_s),
-              binding),
+              binding, prefill_s),
         {tier: float(line @ full) for tier, line in held.items()},
         work.prompts * work.new_tokens / total_s,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from offload.prefetch.plan import Ops
+from offload.prefetch.sharing import ALONE, Sharing
 from offload.prefetch.trace import Phase, Trace
 from offload.prefetch.uses import Bools, Uses, deaths, find_uses
 from offload.tiers.spec import Machine, format_size
@@ -69,9 +70,10 @@ def simulate(
     capacity_bytes: int,
     ops: Sequence[Ops],
     resident_at_start: frozenset[int],
+    sharing: Sharing = ALONE,
 ) -> Timeline:
     """Replay two steps of ``ops`` and report the second; see ``Replay``."""
-    replay = Replay(trace, machine, capacity_bytes, find_uses(trace))
+    replay = Replay(trace, machine, capacity_bytes, find_uses(trace), sharing)
     return replay.run(ops, resident_at_start, intervals=True)
 
 
@@ -137,6 +139,7 @@ class _Drive:
     def __init__(self, machine: Machine) -> None:
         wait_s = machine.disk_latency_s
         self.now_s = 0.0
+        self.pace = 1.0
         self.read = _Transfer(machine.read_bytes_per_s, machine.mixed_read_bytes_per_s, wait_s)
         self.write = _Transfer(machine.write_bytes_per_s, machine.mixed_write_bytes_per_s, wait_s)
 
@@ -148,8 +151,9 @@ class _Drive:
         """Run until a transfer is done (and return it) or ``until_s`` is reached."""
         read, write = self.read, self.write
         both = read.chunk >= 0 and write.chunk >= 0
-        read_rate = read.mixed if both else read.alone
-        write_rate = write.mixed if both else write.alone
+        pace = self.pace
+        read_rate = (read.mixed if both else read.alone) * pace
+        write_rate = (write.mixed if both else write.alone) * pace
         read_s = read.left / read_rate if read.chunk >= 0 else inf
         write_s = write.left / write_rate if write.chunk >= 0 else inf
         done: _Transfer | None
@@ -210,8 +214,12 @@ class Replay:
     ``other_bytes``.
     """
 
-    def __init__(self, trace: Trace, machine: Machine, capacity_bytes: int, uses: Uses) -> None:
+    def __init__(
+        self, trace: Trace, machine: Machine, capacity_bytes: int, uses: Uses,
+        sharing: Sharing = ALONE,
+    ) -> None:  # fmt: skip
         self.trace = trace
+        self.sharing = sharing
         self.step = _Step(trace, uses)
         self.tier = _Tier(capacity_bytes, 0)
         self.drive = _Drive(machine)
@@ -298,13 +306,24 @@ class Replay:
         work_s = self.trace.moments[t].compute_s + self.trace.moments[t].handling_s
         if work_s > 0:
             began_s = drive.now_s
-            end_s = began_s + work_s
-            while (done := drive.run(end_s)) is not None:
-                self._finish(done)
+            self._work(work_s)
             if self.noting:
-                line.intervals.append(Interval(Lane.COMPUTE, t, began_s, end_s))
+                line.intervals.append(Interval(Lane.COMPUTE, t, began_s, drive.now_s))
         for chunk in self.step.dies.get(t, ()):
             tier.dirty[chunk] = 0
+
+    def _work(self, left_s: float) -> None:
+        """Compute for so many lone seconds; what is being moved meanwhile goes on."""
+        drive, (pace, drive.pace) = self.drive, self.sharing
+        while True:
+            began_s, shared = drive.now_s, drive.read.chunk >= 0 or drive.write.chunk >= 0
+            own = pace if shared else 1.0
+            done = drive.run(began_s + left_s / own)
+            if done is None:
+                break
+            left_s -= (drive.now_s - began_s) * own
+            self._finish(done)
+        drive.pace = 1.0
 
     def _drop(self, chunk: int, t: int) -> None:
         tier = self.tier

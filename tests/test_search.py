@@ -176,3 +176,17 @@ def test_products_between_and_beyond_what_was_measured() -> None:
         Compute(((1, 1.0),), 1.0, disk_drag=1.5)
     with pytest.raises(ValueError, match="new_tokens"):
         Workload(1, 1, 0)
+
+
+def test_the_rehearsal_knows_that_lanes_share_and_that_the_first_pass_reads_on_demand() -> None:
+    shared = choose(problem(80 * MIB)).times
+    apart = replace(HOST, drag=0.0, disk_drag=0.0)
+    policy = choose(problem(80 * MIB, rates=Rates(MACHINE, apart)))
+    lone, blocks = policy.times, -(-WORK.prompts // policy.rows)
+    assert shared.pass_s > 1.05 * lone.pass_s
+    assert lone.first_s > lone.prefill_s
+    assert lone.first_s > SHAPE.weights.pass_bytes / MACHINE.read_bytes_per_s
+    later_s = (blocks - 1) * lone.prefill_s + blocks * (WORK.new_tokens - 1) * lone.pass_s
+    assert lone.total_s == pytest.approx(lone.first_s + later_s)
+    everything = choose(problem(800 * MIB)).times
+    assert everything.first_s == everything.prefill_s

@@ -7,9 +7,11 @@ from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from offload.prefetch.plan import Ops
 from offload.prefetch.planner import plan, smallest_bytes
+from offload.prefetch.sharing import ALONE, Sharing
 from offload.prefetch.simulate import Deadlock, Lane, Timeline, bound, simulate
 from offload.prefetch.trace import Access, Moment, Need, Phase, Trace
 from offload.tiers.spec import Machine
@@ -78,6 +80,28 @@ def test_reading_ahead_hides_behind_compute() -> None:
     line = simulate(two_in_turn(R), DRIVE, 120, ops, frozenset({0, 1}))
     assert line.stalls_s == pytest.approx([2.0, 2.0])
     assert line.peak_bytes == 120
+
+
+def test_lanes_that_share_cores_slow_each_other_while_both_run() -> None:
+    """At half their paces 40 of 60 bytes come in 8 s of computing; the rest at the full pace."""
+    ops = (Ops(drops=(1,), loads=(1,)), Ops(drops=(0,), loads=(0,)))
+    halves = Sharing(0.5, 0.5)
+    line = simulate(two_in_turn(R), DRIVE, 120, ops, frozenset({0, 1}), halves)
+    assert line.stalls_s == pytest.approx([2.0, 2.0])
+    assert line.step_s == pytest.approx(2 * (8.0 + 2.0))
+    moments = tuple(replace(m, compute_s=8.0) for m in two_in_turn(R).moments)
+    line = simulate(Trace(moments, (60, 60), {}), DRIVE, 120, ops, frozenset({0, 1}), halves)
+    assert line.stall_s == 0
+    assert line.step_s == pytest.approx(2 * (12.0 + 2.0))  # six lone seconds take twelve
+
+
+@given(st.floats(0, 0.9), st.floats(0, 0.9))
+def test_paces_are_those_that_the_costs_tell(drag: float, disk_drag: float) -> None:
+    """In T = C + drag R = R + disk_drag C together, each side did its lone seconds."""
+    paces = Sharing.of(drag, disk_drag)
+    assert paces.compute + drag * paces.drive == pytest.approx(1)
+    assert paces.drive + disk_drag * paces.compute == pytest.approx(1)
+    assert Sharing.of(0.0, 0.0) == ALONE
 
 
 def test_a_chunk_is_read_back_only_after_its_own_write() -> None:

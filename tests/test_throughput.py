@@ -16,6 +16,7 @@ from offload.errors import BudgetError, OffloadError
 from offload.places import BlockPlan
 from offload.run import Runtime
 from offload.sampling import Sampling, row_seed
+from offload.steps import GROWTH, Kind
 from offload.tiers.spec import KIB
 from tests.conftest import adamw, copied, same
 from tests.framed import Watched
@@ -176,6 +177,25 @@ def test_weights_are_loaded_once_for_all_micro_batches(manage: Manager) -> None:
         moved[plan] = (lane.moved_bytes - before) / len(steps)
         assert moved[plan] > 0
     assert moved[BlockPlan(1, 6)] < 1.2 * moved[BlockPlan(1)]
+
+
+def test_only_the_first_pass_is_on_demand_and_plans_count_the_block_once(manage: Manager) -> None:
+    model = build("llama")
+    run = tight(manage, model, BlockPlan(PROMPTS))
+    engine, other_bytes, demanded = run.parts.engine, set[int](), list[int]()
+
+    def note(step: BlockStep) -> None:
+        trace = run.parts.steps.tracks[Kind.INFER].trace
+        assert trace is not None
+        other_bytes.update(m.other_bytes for m in trace.moments)
+        assert engine.ledger.other_bytes <= min(other_bytes)
+        assert max(other_bytes) < GROWTH * engine.ledger.other_bytes
+        demanded.append(engine.counters.demand_loads)
+
+    run.generate(prompts(), 4, plan=BlockPlan(PROMPTS), on_step=note)
+    assert demanded[0] > 10
+    assert demanded[1] - demanded[0] < demanded[0] / 4
+    assert engine.counters.planned_loads > 10
 
 
 def test_rows_that_end_early_make_room_for_others(manage: Manager) -> None:
