@@ -22,6 +22,9 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     something else of transformers' has put others in their place: then the next ``update`` moves.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, tokens: int) -> None:
         super().__init__()
         self._tokens = tokens
