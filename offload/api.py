@@ -34,7 +34,7 @@ from offload.quantised import quantise, scratch_bytes, sizes_after
 from offload.room import refuse_without_room, too_small
 from offload.run import Runtime
 from offload.scratch import ScratchMode
-from offload.steps import Steps
+from offload.steps import Planner, Steps
 from offload.swap import SwapFile
 from offload.tiers.copy import LendingHomes
 from offload.tiers.disk import DiskFull, SpillFile
@@ -312,8 +312,10 @@ def _build(
         adopt_parameter(engine, home)
     engine.settle()
     may_fit = not tuning.keep_hooks and given.place is None
-    steps = Steps(engine, _planner(engine, given, tuning), may_fit=may_fit)
-    return Parts(engine, binding, steps)
+    machine = _machine(given, tuning)
+    planner = _planner(engine, machine) if machine is not None else None
+    steps = Steps(engine, planner, may_fit=may_fit, tapes=tuning.tapes)
+    return Parts(engine, binding, steps, machine=machine)
 
 
 def _means(given: Given, engine: Engine, tuning: Tuning) -> Means:
@@ -333,10 +335,13 @@ def _lanes(tuning: Tuning) -> tuple[Lane, Lane]:
     return ThreadLane("read", DISK_WORKERS), ThreadLane("write", DISK_WORKERS)
 
 
-def _planner(engine: Engine, given: Given, tuning: Tuning) -> Any:
+def _machine(given: Given, tuning: Tuning) -> Machine | None:
     if not tuning.prefetch or given.disk is None:
         return None
-    machine: Machine = tuning.machine or cached_probe(given.disk)
+    return tuning.machine or cached_probe(given.disk)
+
+
+def _planner(engine: Engine, machine: Machine) -> Planner:
 
     def make(trace: Trace) -> Plan:
         try:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -111,6 +112,19 @@ class Runtime:
                 "forced_evictions": engine.counters.forced_evictions,
             },
         }
+
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """Write what the last planned step did: where memory and time went, and what would help.
+
+        ``path`` ends in ``.html`` (a page that needs nothing else), ``.json`` (its data, see
+        docs/report-schema.md) or ``.trace.json`` (for ui.perfetto.dev). The first step of a run is
+        watched and the second follows a first plan: a report after five steps shows steady ones.
+        Making the advice plans the step anew a few times, which takes seconds for very large
+        models. Raises OffloadError for another ending.
+        """
+        from offload.report import write_report
+
+        write_report(self, Path(path))
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from offload.engine import Engine
 from offload.prefetch.plan import Plan
 from offload.prefetch.trace import Moment, Trace
 from offload.record import Follower, Recorder
+from offload.tape import Tape
 from offload.trial import Trial, without_reading_ahead
 from offload.watch import Watch
 
@@ -65,6 +66,7 @@ class Track:
     trial: Trial = field(default_factory=Trial)
     part: str = ""  # of the model, which is called
     borrowed: bool = False  # trace and plan are another form's
+    tape: Tape | None = None  # of the last step that followed a plan
 
     @property
     def mode(self) -> Mode:
@@ -108,6 +110,7 @@ class _Step:
     kind: Kind
     mode: Mode
     ahead: bool = True  # whether it reads ahead
+    tape: Tape | None = None  # what it does
 
 
 @dataclass(slots=True)
@@ -123,12 +126,15 @@ class Steps:
     ``tracks``: for inference, that of the form which was called last.
     """
 
-    def __init__(self, engine: Engine, plan_for: Planner | None, *, may_fit: bool = True) -> None:
+    def __init__(
+        self, engine: Engine, plan_for: Planner | None, *, may_fit: bool = True, tapes: bool = True
+    ) -> None:  # fmt: skip
         self.watch = Watch(lambda: engine.ledger.used_bytes + engine.ledger.held_bytes)
         self.tracks = {kind: Track() for kind in Kind}
         self.forms: OrderedDict[str, Track] = OrderedDict()  # of inference, latest call last
         self.constant_bytes = 0  # of memory that is not chunks: the same however inputs grow
         self._may_fit = may_fit
+        self._tapes = tapes
         self._engine = engine
         self._plan_for = plan_for
         self._step: _Step | None = None
@@ -153,6 +159,7 @@ class Steps:
             return self._mode(kind, call)
         if self._step is not None:
             engine = self._engine
+            self._stop_tape(self._step)
             self._suspended = _Suspended(self._step, engine.recorder, engine.follower)
             engine.settle()
         if kind is Kind.INFER:
@@ -168,7 +175,10 @@ class Steps:
         # Where all fits inference moves nothing; a training step's update still follows its plan.
         still = mode is Mode.FITS and kind is Kind.INFER
         follower = None if still else track.following(ahead=self._step.ahead)
-        self._engine.begin(self._recorder(), follower)
+        recorder = self._recorder()
+        if self._tapes and mode is not Mode.RECORD:
+            self._step.tape = Tape(self._engine, recorder.began_s)
+        self._engine.begin(recorder, follower)
         return mode
 
     def end(self) -> None:
@@ -177,6 +187,9 @@ class Steps:
             return
         engine, step, track = self._engine, self._step, self.tracks[self._step.kind]
         engine.finish()
+        if step.tape is not None:
+            step.tape.end()
+            track.tape = step.tape
         self.watch.stop()
         engine.ledger.heap.slack_bytes = self.watch.excess_bytes
         assert engine.recorder is not None
@@ -242,7 +255,16 @@ class Steps:
         stall_s = self._engine.counters.stall_s
         return Recorder(lambda: sum(stall_s.values()))
 
+    @staticmethod
+    def _stop_tape(step: _Step) -> None:
+        """It has ended already, or the step is interrupted, and is no example."""
+        if step.tape is not None:
+            step.tape.give_up()
+            step.tape = None
+
     def _resume(self) -> None:
+        if self._step is not None:
+            self._stop_tape(self._step)
         before, self._suspended = self._suspended, None
         self._step = before.step if before else None
         self._engine.recorder = before.recorder if before else None

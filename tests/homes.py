@@ -28,6 +28,7 @@ class HeldLane:
 
     def __init__(self) -> None:
         self.meter = Meter()
+        self.spans: deque[Span] = deque()
         self.held: list[tuple[Ticket, Callable[[], int]]] = []
 
     def submit(self, ticket: Ticket, work: Callable[[], int], size_bytes: int) -> None:

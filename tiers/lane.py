@@ -58,10 +58,15 @@ class Meter:
         return Meter(self.moved_bytes, self.transfers, self.busy_s)
 
 
+Span = tuple[int, float, float, int]  # a transfer: chunk, start and end in seconds, bytes
+SPANS_KEPT = 65536
+
+
 class Lane(Protocol):
     """What the engine knows of a lane."""
 
     meter: Meter
+    spans: deque[Span]  # the latest transfers: as many as the meter counts, or as are kept
 
     def submit(self, ticket: Ticket, work: Callable[[], int], size_bytes: int) -> None:
         """Queue a transfer."""
@@ -81,7 +86,7 @@ class ThreadLane:
 
     def __init__(self, name: str, workers: int) -> None:
         self.meter = Meter()
-        self.spans: deque[tuple[int, float, float]] = deque(maxlen=65536)
+        self.spans: deque[Span] = deque(maxlen=SPANS_KEPT)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"offload-{name}")
         self._lock = threading.Lock()
         self._active = 0
@@ -110,4 +115,4 @@ class ThreadLane:
             self.meter.transfers += 1
             if self._active == 0:
                 self.meter.busy_s += end_s - self._active_since_s
-        self.spans.append((ticket.chunk, start_s, end_s))
+            self.spans.append((ticket.chunk, start_s, end_s, size_bytes))

@@ -1,0 +1,264 @@
+"""``runtime.report(path)``: the last planned step, where memory and time went, and why.
+
+The data is one JSON object, docs/report-schema.md; the page and the trace are made from it alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from offload import __version__
+from offload.errors import OffloadError
+from offload.prefetch.advice import Situation
+from offload.prefetch.plan import Forecast
+from offload.report_advice import Facts, verdict, ways_of
+from offload.report_step import Step, recorded_step
+from offload.report_tables import Tables
+from offload.report_trace import trace_events
+from offload.steps import Kind, Track
+from offload.tape import Tape
+
+if TYPE_CHECKING:
+    from offload.run import Runtime
+
+SCHEMA = 1
+MOST_HISTORY = 5000  # steps; of more every other one is kept, and so on
+FORECAST = ("step_s", "stall_s", "peak_bytes", "read_bytes", "write_bytes")
+HISTORY = ("step", "loss", "step_s", "tokens_per_s")
+
+History = Mapping[str, Sequence[float | None]]
+
+
+def report_data(run: Runtime, task: str = "", history: History | None = None) -> dict[str, Any]:
+    """The report's object. ``history``: columns of HISTORY, of a loop that knows its losses."""
+    parts = run.parts
+    kind = Kind.TRAIN if parts.steps.tracks[Kind.TRAIN].steps else Kind.INFER
+    track, tables = parts.steps.tracks[kind], Tables(run.model, parts)
+    step = _recorded(run, kind, track, tables)
+    forecast = track.follower.plan.forecast if track.follower is not None else None
+    link = _link_forecast(run, kind)
+    facts = Facts(
+        step.step_s if step is not None else None, forecast,
+        link.bound_s if link is not None else None, _stalls(step),
+        _situation(run, track), _ways(run, kind, tables),
+    )  # fmt: skip
+    homes = _homes(tables, step, run)
+    return {
+        "schema": SCHEMA,
+        "offload": __version__,
+        "made": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "task": task or ("train" if kind is Kind.TRAIN else "generate"),
+        "machine": _machine(run),
+        "model": _model(run, tables),
+        "budgets": {
+            "device": parts.device.engine.ledger.budget_bytes if parts.device else None,
+            "host": parts.engine.ledger.budget_bytes,
+            "disk": run.given.budget.disk_bytes,
+        },
+        "verdict": (judged := verdict(facts)),
+        "step": _step(step, forecast, judged["binding"], facts.link_bound_s),
+        "chunks": tables.to_dict(homes),
+        "modules": _modules(tables, homes, step),
+        "forecast": {k: v for k, v in asdict(forecast).items() if k in FORECAST}
+        if forecast is not None else None,
+        "measured": _measured(step),
+        "history": shortened(history or _own_history(track)),
+    }  # fmt: skip
+
+
+def write_report(
+    run: Runtime, path: Path, task: str = "", history: History | None = None
+) -> None:  # fmt: skip
+    """See ``Runtime.report``."""
+    write_as(report_data(run, task, history), path)
+
+
+def write_as(data: dict[str, Any], path: Path) -> None:
+    """Data as ``.json``, ``.trace.json`` or ``.html``, whole or not at all. Raises OffloadError."""
+    text = rendered(data, path.name)
+    fresh = path.with_name(f"{path.name}.tmp")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def rendered(data: dict[str, Any], name: str) -> str:
+    """The text of a file of this name. Raises OffloadError for a name that says no form."""
+    if name.endswith(".trace.json"):
+        return compact(trace_events(data))
+    if name.endswith(".json"):
+        return compact(data)
+    if name.endswith((".html", ".htm")):
+        try:
+            page = import_module("offload.report_html")
+        except ModuleNotFoundError as missing:
+            raise OffloadError(
+                f"{name}: this build has no page for reports (offload/report_html.py): write "
+                "report.json or report.trace.json instead"
+            ) from missing
+        return str(page.render(data))
+    raise OffloadError(f"{name}: a report is written to a name that ends in .html, .json "
+                       "(its data) or .trace.json (for Perfetto)")  # fmt: skip
+
+
+def compact(data: Any) -> str:
+    """JSON without blanks. Raises ValueError for what is no number."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False)
+
+
+def shortened(history: History) -> dict[str, list[float | None]]:
+    """All columns, of at most MOST_HISTORY steps."""
+    count = len(history.get("step", ()))
+    stride = max(-(-count // MOST_HISTORY), 1)
+    return {
+        key: list(history.get(key, [None] * count))[::stride] for key in HISTORY
+    }  # fmt: skip
+
+
+def _recorded(run: Runtime, kind: Kind, track: Track, tables: Tables) -> Step | None:
+    tape, device = track.tape, None
+    if tape is None:
+        return None
+    if run.parts.device is not None:
+        device = _within(run.parts.device.steps.tracks[kind].tape, tape)
+    return recorded_step(tape, device, run.parts, tables, run.given.budget.disk_bytes)
+
+
+def _within(tape: Tape | None, whole: Tape) -> Tape | None:
+    """The device's tape, if it is of the same step as the host's."""
+    if tape is None or not whole.began_s <= tape.ended_s <= whole.ended_s:
+        return None
+    return tape
+
+
+def _link_forecast(run: Runtime, kind: Kind) -> Forecast | None:
+    device = run.parts.device
+    follower = device.steps.tracks[kind].follower if device is not None else None
+    return follower.plan.forecast if follower is not None else None
+
+
+def _situation(run: Runtime, track: Track) -> Situation | None:
+    machine = run.parts.machine
+    if machine is None or track.follower is None:
+        return None
+    trace, capacity_bytes = track.follower.trace, run.parts.engine.ledger.capacity_bytes
+    return Situation(trace, machine, capacity_bytes)
+
+
+def _ways(run: Runtime, kind: Kind, tables: Tables) -> Any:
+    stepper = run.parts.stepper
+    return ways_of(
+        kind is Kind.TRAIN and stepper is not None, run.parts.early is not None,
+        stepper is not None and stepper.clips, run.state_dtype is not None, tables,
+    )  # fmt: skip
+
+
+def _stalls(step: Step | None) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for row in step.stalls.rows if step is not None else ():
+        found[row.label] = found.get(row.label, 0.0) + row.end_s - row.start_s
+    return found
+
+
+def _homes(tables: Tables, step: Step | None, run: Runtime) -> list[str]:
+    """Where each chunk is between its uses: in memory if it never left in the recorded step."""
+    chunks = run.parts.engine.space.chunks
+    there = step.in_memory if step is not None else {c.id for c in chunks if c.frame is not None}
+    return [
+        "disk" if row.on_disk and c not in there else "host" for c, row in enumerate(tables.chunks)
+    ]
+
+
+def _machine(run: Runtime) -> dict[str, Any]:
+    rates = run.parts.machine.to_dict() if run.parts.machine is not None else {}
+    return {
+        "cores": os.cpu_count(),
+        "host_bytes": psutil.virtual_memory().total,
+        "device": _device_name(run),
+        "rates": rates,
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__,
+            "offload": __version__,
+        },
+    }  # fmt: skip
+
+
+def _device_name(run: Runtime) -> str | None:
+    device = run.parts.device
+    if device is None:
+        return None
+    if device.place.type == "cuda":
+        return str(torch.cuda.get_device_name(device.place))
+    own = run.given.place is not None and run.given.place.own_memory
+    return "emulated" if own else "frames on the CPU"
+
+
+def _model(run: Runtime, tables: Tables) -> dict[str, Any]:
+    return {
+        "name": type(run.model).__name__,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "chunks": len(tables.chunks),
+        "chunk_bytes": max((row.size_bytes for row in tables.chunks), default=0),
+    }
+
+
+def _step(
+    step: Step | None, forecast: Forecast | None, binding: str, link_bound_s: float | None
+) -> dict[str, Any] | None:
+    if step is None:
+        return None
+    bound_s = forecast.bound_s if forecast is not None else None
+    if bound_s is not None and binding == "link":
+        bound_s = link_bound_s
+    return {
+        "bound_s": bound_s,
+        "wire_bound_s": forecast.wire_bound_s if forecast is not None else None,
+        "binding": binding,
+        **step.to_dict(),
+    }
+
+
+def _modules(tables: Tables, homes: list[str], step: Step | None) -> list[dict[str, Any]]:
+    spent = step.per_module(tables) if step is not None else {}
+    held = tables.home_bytes(homes)
+
+    def of(key: str, module: int) -> float:
+        return spent.get(key, {}).get(module, 0)
+
+    return [
+        {
+            "name": name, "bytes": tables.weight_bytes[i], "home_bytes": held.get(i, {}),
+            "compute_s": round(of("compute_s", i), 6), "stall_s": round(of("stall_s", i), 6),
+            "read_bytes": int(of("read_bytes", i)), "write_bytes": int(of("write_bytes", i)),
+        }
+        for i, name in enumerate(tables.modules)
+    ]  # fmt: skip
+
+
+def _measured(step: Step | None) -> dict[str, Any] | None:
+    if step is None:
+        return None
+    return {
+        "step_s": round(step.step_s, 6),
+        "stall_s": round(step.stall_s(waiting_only=True), 6),
+        "peak_bytes": step.memory["host"].peak_bytes,
+        "read_bytes": step.lanes["read"].moved_bytes,
+        "write_bytes": step.lanes["write"].moved_bytes,
+    }
+
+
+def _own_history(track: Track) -> dict[str, list[float | None]]:
+    """Steps that followed a plan; of others only their number is known."""
+    first = track.steps - len(track.replayed_s) + 1
+    seconds = [round(s, 6) for s in track.replayed_s]
+    return {"step": [first + i for i in range(len(seconds))], "step_s": list(seconds)}
