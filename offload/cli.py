@@ -18,6 +18,7 @@ except ModuleNotFoundError as missing:
 from offload import __version__
 from offload.errors import OffloadError
 from offload.plan_cli import plan as plan_command
+from offload.report_cli import report as report_command
 from offload.runconfig import (
     InputError,
     MemoryConfig,
@@ -113,6 +114,7 @@ def finetune(
 
 
 app.command("plan")(plan_command)
+app.command("report")(report_command)
 
 
 @app.command()

@@ -193,7 +193,8 @@ class DeviceHooks:
         else:
             with self._locked():
                 if self._host.tape is not None:
-                    self._host.tape.mark(Mark.MODULE, home.name.rpartition(".")[0])
+                    mark = Mark.RERUN if recomputes else Mark.MODULE
+                    self._host.tape.mark(mark, home.name.rpartition(".")[0])
                 if recomputes:
                     self._enter_backward()
                 phase = Phase.BACKWARD if recomputes else Phase.FORWARD

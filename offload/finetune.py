@@ -8,11 +8,8 @@ which ``offload`` itself provides.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -28,13 +25,15 @@ from offload.metrics import MetricsLog, StepReport
 from offload.preflight import Job, prepare
 from offload.progress import Observer, PlainProgress
 from offload.runconfig import InputError, MemoryConfig, RunConfig
+from offload.rundir import replacing
+from offload.runreport import Reports, report_run
 
 EVAL_BATCHES = 16  # enough for a steady mean; each one streams the whole model
 
 B = TypeVar("B")
 
 
-class Runtime(Protocol):
+class Runtime(Reports, Protocol):
     """The part of ``offload.runtime(model)`` that the loop uses."""
 
     def stats(self) -> dict[str, Any]: ...
@@ -212,8 +211,11 @@ def _train(session: _Session, observer: Observer) -> Outcome:
             observer.step(report)
             if schedule.save_every and session.step % schedule.save_every == 0:
                 saved_step = _save(session)
+                report_run(session.runtime, session.job.rundir, observer)
         if saved_step != session.step and (schedule.save_every or interrupt.signal):
             _save(session)
+    if report is not None:
+        report_run(session.runtime, session.job.rundir, observer)
     loss, eval_loss = (report.loss, report.eval_loss) if report else (None, None)
     stopped = session.step < schedule.steps
     return Outcome(session.step, loss, eval_loss, None, interrupt.signal if stopped else None)
@@ -380,20 +382,8 @@ def _check_identity(path: Path, made_with: dict[str, Any], now: dict[str, Any]) 
 def _finish(session: _Session, outcome: Outcome, observer: Observer) -> Outcome:
     """Export the trained model with its tokenizer as one directory, whole or not at all."""
     target = session.job.rundir.model
-    with _replacing(target) as fresh:
+    with replacing(target) as fresh:
         session.runtime.export(fresh)
         session.job.tokenizer.save_pretrained(fresh)
     observer.note(f"model written to {target}")
     return Outcome(outcome.step, outcome.loss, outcome.eval_loss, target)
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A fresh directory that takes the place of ``target`` when the block ends without error."""
-    fresh = target.with_name(target.name + ".partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    yield fresh
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(fresh, target)

@@ -261,7 +261,8 @@ class Hooks:
             phase = Phase.BACKWARD if self._pass.in_backward else Phase.FORWARD
             self._take_turns(needs, homes)
             if self._engine.tape is not None:
-                self._engine.tape.mark(Mark.MODULE, name)
+                again = self._pass.in_backward
+                self._engine.tape.mark(Mark.RERUN if again else Mark.MODULE, name)
             with self._undone_if_refused():
                 self._engine.need(phase, needs)
 

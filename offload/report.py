@@ -5,13 +5,11 @@ The data is one JSON object, docs/report-schema.md; the page and the trace are m
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +17,16 @@ import psutil
 import torch
 
 from offload import __version__
-from offload.errors import OffloadError
 from offload.prefetch.advice import Situation
 from offload.prefetch.plan import Forecast
+from offload.record import Follower
 from offload.report_advice import Facts, verdict, ways_of
+from offload.report_files import rendered, write_text
 from offload.report_step import Step, recorded_step
 from offload.report_tables import Tables
-from offload.report_trace import trace_events
 from offload.steps import Kind, Track
 from offload.tape import Tape
+from offload.tiers.home import Backing
 
 if TYPE_CHECKING:
     from offload.run import Runtime
@@ -46,12 +45,13 @@ def report_data(run: Runtime, task: str = "", history: History | None = None) ->
     kind = Kind.TRAIN if parts.steps.tracks[Kind.TRAIN].steps else Kind.INFER
     track, tables = parts.steps.tracks[kind], Tables(run.model, parts)
     step = _recorded(run, kind, track, tables)
-    forecast = track.follower.plan.forecast if track.follower is not None else None
+    follower = track.tape.follower if track.tape is not None else track.follower
+    forecast = follower.plan.forecast if follower is not None else None
     link = _link_forecast(run, kind)
     facts = Facts(
         step.step_s if step is not None else None, forecast,
         link.bound_s if link is not None else None, _stalls(step),
-        _situation(run, track), _ways(run, kind, tables),
+        _situation(run, follower), _ways(run, kind, tables),
     )  # fmt: skip
     homes = _homes(tables, step, run)
     return {
@@ -81,39 +81,7 @@ def write_report(
     run: Runtime, path: Path, task: str = "", history: History | None = None
 ) -> None:  # fmt: skip
     """See ``Runtime.report``."""
-    write_as(report_data(run, task, history), path)
-
-
-def write_as(data: dict[str, Any], path: Path) -> None:
-    """Data as ``.json``, ``.trace.json`` or ``.html``, whole or not at all. Raises OffloadError."""
-    text = rendered(data, path.name)
-    fresh = path.with_name(f"{path.name}.tmp")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
-
-
-def rendered(data: dict[str, Any], name: str) -> str:
-    """The text of a file of this name. Raises OffloadError for a name that says no form."""
-    if name.endswith(".trace.json"):
-        return compact(trace_events(data))
-    if name.endswith(".json"):
-        return compact(data)
-    if name.endswith((".html", ".htm")):
-        try:
-            page = import_module("offload.report_html")
-        except ModuleNotFoundError as missing:
-            raise OffloadError(
-                f"{name}: this build has no page for reports (offload/report_html.py): write "
-                "report.json or report.trace.json instead"
-            ) from missing
-        return str(page.render(data))
-    raise OffloadError(f"{name}: a report is written to a name that ends in .html, .json "
-                       "(its data) or .trace.json (for Perfetto)")  # fmt: skip
-
-
-def compact(data: Any) -> str:
-    """JSON without blanks. Raises ValueError for what is no number."""
-    return json.dumps(data, separators=(",", ":"), allow_nan=False)
+    write_text(path, rendered(report_data(run, task, history), path.name))
 
 
 def shortened(history: History) -> dict[str, list[float | None]]:
@@ -143,15 +111,17 @@ def _within(tape: Tape | None, whole: Tape) -> Tape | None:
 
 def _link_forecast(run: Runtime, kind: Kind) -> Forecast | None:
     device = run.parts.device
-    follower = device.steps.tracks[kind].follower if device is not None else None
-    return follower.plan.forecast if follower is not None else None
-
-
-def _situation(run: Runtime, track: Track) -> Situation | None:
-    machine = run.parts.machine
-    if machine is None or track.follower is None:
+    tape = device.steps.tracks[kind].tape if device is not None else None
+    if tape is None or tape.follower is None:
         return None
-    trace, capacity_bytes = track.follower.trace, run.parts.engine.ledger.capacity_bytes
+    return tape.follower.plan.forecast
+
+
+def _situation(run: Runtime, follower: Follower | None) -> Situation | None:
+    machine = run.parts.machine
+    if machine is None or follower is None:
+        return None
+    trace, capacity_bytes = follower.trace, run.parts.engine.ledger.capacity_bytes
     return Situation(trace, machine, capacity_bytes)
 
 
@@ -171,11 +141,12 @@ def _stalls(step: Step | None) -> dict[str, float]:
 
 
 def _homes(tables: Tables, step: Step | None, run: Runtime) -> list[str]:
-    """Where each chunk is between its uses: in memory if it never left in the recorded step."""
-    chunks = run.parts.engine.space.chunks
-    there = step.in_memory if step is not None else {c.id for c in chunks if c.frame is not None}
+    """Where each chunk is between its uses: on disk if it was moved, or is there now."""
+    moved = step.moved if step is not None else frozenset()
+    chunks = zip(run.parts.engine.space.chunks, tables.chunks, strict=True)
     return [
-        "disk" if row.on_disk and c not in there else "host" for c, row in enumerate(tables.chunks)
+        "disk" if row.on_disk and (c.id in moved or c.backing is Backing.FILE) else "host"
+        for c, row in chunks
     ]
 
 

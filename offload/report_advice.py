@@ -103,7 +103,8 @@ def _advice(facts: Facts, binding: str, ratio: float | None) -> list[str]:
     if moves:
         found += _same_numbers(facts, now, forecast)
         found += _other_numbers(facts, now, forecast)
-    saving = less_memory(now, forecast.step_s)
+    gains = any("more host memory" in line for line in found)
+    saving = None if gains else less_memory(now, forecast.step_s)
     if saving is not None and -saving.change_bytes > WORTH_SHARE * now.capacity_bytes:
         found.append(
             f"{format_size(-saving.change_bytes)} less host memory would cost nothing "

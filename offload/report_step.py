@@ -60,7 +60,7 @@ class Step:
     stalls: LaneRows
     phases: list[dict[str, Any]]
     memory: dict[str, Columns]
-    in_memory: frozenset[int]  # chunks that never left
+    moved: frozenset[int]  # chunks that were read or written
 
     def stall_s(self, *, waiting_only: bool = False) -> float:
         """Seconds in which the loop did not compute; or those in which it waited for bytes."""
@@ -135,9 +135,8 @@ def recorded_step(
         memory["device"].hold_until(step_s)
     if parts.engine.space.disk is not None:
         memory["disk"] = disk_columns(step_s, parts, tables, disk_bytes)
-    left = {s.what for s in host.samples() if s.change_bytes < 0}
-    stayed = frozenset(c for c in host.before.chunks if c not in left)
-    return Step(step_s, lanes, stalls, _phases(whole, began_s), memory, stayed)
+    moved = frozenset(row.chunk for name in ("read", "write") for row in lanes[name].rows)
+    return Step(step_s, lanes, stalls, _phases(whole, began_s), memory, moved)
 
 
 def _levels(host: Tape, device: Tape | None, parts: Parts) -> Levels:

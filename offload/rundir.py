@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,11 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """What the last planned step did, as data; ``offload report`` shows it."""
+        return self.root / "report.json"
 
     @property
     def tokenizer(self) -> Path:
@@ -76,3 +83,15 @@ class RunDirectory:
         fresh = self.config.with_suffix(".tmp")
         fresh.write_text(to_yaml(config), encoding="utf-8")
         os.replace(fresh, self.config)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A fresh directory that takes the place of ``target`` when the block ends without error."""
+    fresh = target.with_name(target.name + ".partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    yield fresh
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(fresh, target)

@@ -177,7 +177,7 @@ class Steps:
         follower = None if still else track.following(ahead=self._step.ahead)
         recorder = self._recorder()
         if self._tapes and mode is not Mode.RECORD:
-            self._step.tape = Tape(self._engine, recorder.began_s)
+            self._step.tape = Tape(self._engine, recorder.began_s, track.follower)
         self._engine.begin(recorder, follower)
         return mode
 
@@ -249,7 +249,8 @@ class Steps:
         """Record the next step of this kind anew: it will touch other things."""
         if kind is Kind.INFER:
             self.forms.clear()
-        self.tracks[kind] = Track(steps=self.tracks[kind].steps)
+        before = self.tracks[kind]
+        self.tracks[kind] = Track(steps=before.steps, tape=before.tape)
 
     def _recorder(self) -> Recorder:
         stall_s = self._engine.counters.stall_s

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from offload.ledger import Other
 from offload.prefetch.trace import Need, Phase
+from offload.record import Follower
 from offload.tiers.lane import Lane, Meter, Span
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Mark(Enum):
     """Something that says whom the processor works for."""
 
     MODULE = "module"  # its forward begins; the name is the module's
+    RERUN = "rerun"  # the same, within the backward pass
     GRADIENT = "gradient"  # it has arrived; the name is the parameter's
     FORWARD_ENDS = "forward ends"
     UPDATED = "updated"  # a group of chunks
@@ -58,10 +60,14 @@ class Holding:
 
 
 class Tape:
-    """Events of one step of one engine. Seconds are of ``time.perf_counter``."""
+    """Events of one step of one engine. Seconds are of ``time.perf_counter``.
 
-    def __init__(self, engine: Engine, began_s: float) -> None:
+    ``follower``: the plan that it follows, if there is one.
+    """
+
+    def __init__(self, engine: Engine, began_s: float, follower: Follower | None) -> None:
         ledger = engine.ledger
+        self.follower = follower
         self.began_s = self.ended_s = self._entered_s = began_s
         self.moments: list[tuple[float, float, Phase, tuple[Need, ...]]] = []  # from, to
         self.stalls: list[tuple[float, float, str, int]] = []  # from, to, cause, chunk

@@ -65,12 +65,22 @@ class Levels:
     device: Tape | None = None
     under: Sequence[tuple[int, ...]] = ()
 
-    def moments(self) -> list[tuple[float, float, Phase, tuple[int, ...]]]:
-        """Of both, with the host's chunks, by their beginning."""
-        found = [(*m[:3], _chunks(m[3])) for m in self.host.moments]
+    def handling(self) -> list[Interval]:
+        """When the engines worked or waited."""
+        device = self.device.moments if self.device is not None else []
+        return union((m[0], m[1]) for m in (*self.host.moments, *device))
+
+    def moments(self) -> list[tuple[float, Phase, tuple[int, ...]]]:
+        """When what was asked for, by the host's chunks.
+
+        Below a device it is copies that ask the host, at any time: of those only updates count.
+        """
+        host, found = self.host.moments, []
         if self.device is not None:
-            for start_s, end_s, phase, needs in self.device.moments:
-                found.append((start_s, end_s, phase, self._below(_chunks(needs))))
+            host = [m for m in host if m[2].updates]
+            for start_s, _, phase, needs in self.device.moments:
+                found.append((start_s, phase, self._below(_chunks(needs))))
+        found += [(start_s, phase, _chunks(needs)) for start_s, _, phase, needs in host]
         return sorted(found, key=lambda m: m[0])
 
     def stalls(self) -> list[tuple[float, float, str, int]]:
@@ -93,10 +103,10 @@ class Levels:
 def segments(levels: Levels, owners: Owners) -> list[Segment]:
     """The whole step, in order, without gaps; seconds are the tape's."""
     tape = levels.host
-    stalls, moments = levels.stalls(), levels.moments()
+    stalls = levels.stalls()
     idle = [Segment(*stall) for stall in stalls]
     within = [(start_s, end_s) for start_s, end_s, *_ in stalls]
-    for start_s, end_s in union((a, b) for a, b, *_ in moments):
+    for start_s, end_s in levels.handling():
         idle += [Segment(a, b, ENGINE) for a, b in gaps(within, start_s, end_s)]
     idle = _clipped(sorted(idle, key=lambda s: s.start_s), tape.began_s, tape.ended_s)
     cuts = [mark[0] for mark in tape.marks]
@@ -106,7 +116,7 @@ def segments(levels: Levels, owners: Owners) -> list[Segment]:
         for a, b in _cut(start_s, end_s, cuts)
     ]
     whole.sort(key=lambda s: s.start_s)
-    _Labels(owners).put(whole, moments, tape.marks)
+    _Labels(owners).put(whole, levels.moments(), tape.marks)
     return whole
 
 
@@ -121,13 +131,11 @@ class _Labels:
 
     def put(
         self, whole: list[Segment],
-        moments: list[tuple[float, float, Phase, tuple[int, ...]]],
+        moments: list[tuple[float, Phase, tuple[int, ...]]],
         marks: list[tuple[float, Mark, str]],
     ) -> None:  # fmt: skip
         events: list[tuple[float, Phase | Mark, tuple[int, ...] | str]] = sorted(
-            [(start_s, phase, chunks) for start_s, _, phase, chunks in moments]
-            + [(at_s, mark, name) for at_s, mark, name in marks],
-            key=lambda e: e[0],
+            [*moments, *marks], key=lambda e: e[0]
         )
         at = 0
         for segment in whole:
@@ -141,8 +149,9 @@ class _Labels:
         if isinstance(what, Phase):
             assert isinstance(detail, tuple)
             self._moment(what, detail)
-        elif what is Mark.MODULE:
-            self.module = self.owners.index.get(str(detail), -1)
+        elif what in (Mark.MODULE, Mark.RERUN):
+            self.phase = Phase.FORWARD if what is Mark.MODULE else Phase.BACKWARD
+            self.module, self.needed = self.owners.index.get(str(detail), -1), ()
         elif what is Mark.GRADIENT:
             self.phase, self.module, self.needed = Phase.BACKWARD, UNKNOWN, ()
         elif what is Mark.FORWARD_ENDS:

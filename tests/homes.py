@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from offload.tiers import vm
 from offload.tiers.disk import SpillFile
 from offload.tiers.frames import FramePool
 from offload.tiers.home import Chunk, HomeSpace
-from offload.tiers.lane import Meter, Ticket
+from offload.tiers.lane import Meter, Span, Ticket
 from offload.tiers.layout import lay_out
 from offload.tiers.spec import KIB
 

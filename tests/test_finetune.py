@@ -84,6 +84,9 @@ class InMemoryRuntime:
     def export(self, directory: Path) -> None:
         self._model.save_pretrained(directory)
 
+    def report(self, path: Path, *, task: str, history: Any) -> None:
+        path.write_text(json.dumps({"task": task, "history": history}))
+
     def close(self) -> None:
         pass
 

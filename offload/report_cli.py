@@ -1,0 +1,54 @@
+"""``offload report``: the page of a run, or of two side by side, from what the runs wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from offload.runreport import read_report
+
+
+def report(
+    run: Annotated[str, Argument(help="A run's directory, or the .json of a report.")],
+    other: Annotated[str | None, Argument(help="A second one, to compare with.")] = None,
+    out: Annotated[
+        str | None, Option(help="The page; without: report.html (comparison.html) in the run.")
+    ] = None,
+    trace: Annotated[
+        str | None, Option(help="Also write the first run's step for ui.perfetto.dev here.")
+    ] = None,
+    as_json: Annotated[
+        bool, Option("--json", help="The data on stdout, one object a line; no page without --out.")
+    ] = False,
+) -> None:
+    """Show where memory and time of a run's last planned step went, and what would help."""
+    from offload.report_files import compact, render, write_text
+    from offload.report_trace import trace_events
+
+    places = [Path(name).expanduser() for name in (run, other) if name is not None]
+    reports = [read_report(place) for place in places]
+    if as_json:
+        for data in reports:
+            typer.echo(compact(data))
+    if trace is not None:
+        write_text(Path(trace).expanduser(), compact(trace_events(reports[0])))
+    if out is None and as_json:
+        return
+    page = Path(out).expanduser() if out else _beside(places)
+    write_text(page, render(*reports))
+    if not as_json:
+        for data in reports:
+            typer.echo(_headline(data))
+        typer.echo(f"written to {page}")
+
+
+def _beside(places: list[Path]) -> Path:
+    folder = places[0] if places[0].is_dir() else places[0].parent
+    return folder / ("report.html" if len(places) == 1 else "comparison.html")
+
+
+def _headline(data: dict[str, Any]) -> str:
+    return "\n  ".join([str(data["verdict"]["text"]), *data["verdict"]["advice"]])
