@@ -22,7 +22,8 @@ class Ledger:
     """Chunks' frames, fixed regions, and what is not chunks, against one budget in bytes.
 
     ``kept_bytes``: of freed memory malloc may keep so much; what is too much to pass over in
-    silence counts as fixed. ``seen``, while somebody records: told of other memory that comes and goes.
+    silence counts as fixed. ``seen`` is told of other memory that comes and goes, while somebody
+    records.
     """
 
     def __init__(

@@ -134,7 +134,7 @@ class Steps:
         self.forms: OrderedDict[str, Track] = OrderedDict()  # of inference, latest call last
         self.constant_bytes = 0  # of memory that is not chunks: the same however inputs grow
         self._may_fit = may_fit
-        self._tapes = tapes
+        self.tapes = tapes  # whether planned steps are noted for the report
         self._engine = engine
         self._plan_for = plan_for
         self._step: _Step | None = None
@@ -176,7 +176,7 @@ class Steps:
         still = mode is Mode.FITS and kind is Kind.INFER
         follower = None if still else track.following(ahead=self._step.ahead)
         recorder = self._recorder()
-        if self._tapes and mode is not Mode.RECORD:
+        if self.tapes and mode is not Mode.RECORD:
             self._step.tape = Tape(self._engine, recorder.began_s, track.follower)
         self._engine.begin(recorder, follower)
         return mode

@@ -1,4 +1,4 @@
-"""The report's data: memory by kind is the ledger's, bytes are the lanes', seconds are the step's."""
+"""The report: memory by kind is the ledger's, bytes the lanes', seconds the step's."""
 
 from __future__ import annotations
 
