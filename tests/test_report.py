@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -275,7 +275,8 @@ def test_nothing_is_noted_where_it_is_not_asked_for(zoo: Zoo, tmp_path: Path) ->
 class Owned:
     """Chunk c belongs to modules c and, where it is odd, c - 1."""
 
-    index: ClassVar[dict[str, int]] = {"a": 0, "b": 1, "frozen": 2, "c": 3}
+    def __init__(self) -> None:
+        self.index = {"a": 0, "b": 1, "frozen": 2, "c": 3}
 
     def module_of(self, parameter: str) -> int:
         return self.index.get(parameter.rpartition(".")[0], -1)

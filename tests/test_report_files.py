@@ -63,7 +63,7 @@ def page(monkeypatch: pytest.MonkeyPatch) -> None:
         render=lambda a: f"one {a['task']}",
         render_comparison=lambda a, b: f"two {a['task']} {b['task']}",
     )
-    monkeypatch.setitem(sys.modules, "offload.report_html", stand_in)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "offload.report_html", stand_in)
 
 
 def test_trace_events_are_well_formed(data: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ def test_without_a_step_the_trace_is_empty(data: dict[str, Any]) -> None:
 def test_a_build_without_a_page_says_so(
     data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "offload.report_html", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "offload.report_html", None)
     with pytest.raises(OffloadError, match=r"has no page.*\.json"):
         render(data)
 
