@@ -111,6 +111,7 @@ class _Step:
     mode: Mode
     ahead: bool = True  # whether it reads ahead
     tape: Tape | None = None  # what it does
+    moved_bytes: dict[str, int] = field(default_factory=dict)  # by each lane, when it began
 
 
 @dataclass(slots=True)
@@ -139,7 +140,6 @@ class Steps:
         self._plan_for = plan_for
         self._step: _Step | None = None
         self._suspended: _Suspended | None = None
-        self._moved: dict[str, int] = {}
 
     @property
     def current(self) -> Kind | None:
@@ -168,7 +168,9 @@ class Steps:
         self._make_plan(kind)
         mode = self._mode(kind, call)
         self._step = _Step(kind, mode, ahead=mode is not Mode.REPLAY or track.trial.ahead)
-        self._moved = {n: lane.meter.moved_bytes for n, lane in self._engine.space.lanes.items()}
+        self._step.moved_bytes = {
+            n: lane.meter.moved_bytes for n, lane in self._engine.space.lanes.items()
+        }
         if mode is Mode.RECORD:
             self._engine.ledger.heap.slack_bytes = 0  # to see what the step cannot do without
             self.watch.start()
@@ -212,7 +214,7 @@ class Steps:
             return  # it was a try that is not taken up
         track.replayed_s.append(step_s)
         for name, lane in self._engine.space.lanes.items():
-            track.replayed_bytes[name].append(lane.meter.moved_bytes - self._moved[name])
+            track.replayed_bytes[name].append(lane.meter.moved_bytes - step.moved_bytes[name])
 
     def _form(self, call: Call) -> Track:
         """The track of a call's form; a new one begins with what is known of the one before."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from offload.ledger import Other
+from offload.ledger import Ledger, Other
 from offload.prefetch.trace import Need, Phase
 from offload.record import Follower
 from offload.tiers.lane import Lane, Meter, Span
@@ -52,11 +52,21 @@ class Sample:
 class Holding:
     """A tier's memory when the step begins: ``chunks`` has one entry for each frame in use."""
 
+    at_s: float
     chunks: tuple[int, ...]
     other_bytes: dict[Other, int]
     fixed_bytes: int
     used_bytes: int
     idle_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is observed, and what its lanes had moved when that began."""
+
+    engine: Engine
+    ledger: Ledger
+    meters: dict[str, Meter]
 
 
 class Tape:
@@ -66,21 +76,26 @@ class Tape:
     """
 
     def __init__(self, engine: Engine, began_s: float, follower: Follower | None) -> None:
-        ledger = engine.ledger
+        ledger, lanes = engine.ledger, engine.space.lanes
         self.follower = follower
-        self.began_s = self.ended_s = self._entered_s = began_s
+        self.ended_s = self._entered_s = began_s
         self.moments: list[tuple[float, float, Phase, tuple[Need, ...]]] = []  # from, to
         self.stalls: list[tuple[float, float, str, int]] = []  # from, to, cause, chunk
         self.marks: list[tuple[float, Mark, str]] = []
         self.lanes: dict[str, list[Span]] = {}  # of transfers that ended in the step
         self.before = Holding(
-            tuple(engine.space.held()), dict(ledger.other_by_kind), ledger.fixed_bytes,
+            began_s, tuple(engine.space.held()), dict(ledger.other_by_kind), ledger.fixed_bytes,
             ledger.used_bytes, ledger.idle_bytes,
         )  # fmt: skip
         self._samples: list[tuple[float, int | Other, int, int, int]] = []
-        self._meters = {name: lane.meter.copy() for name, lane in engine.space.lanes.items()}
-        self._engine: Engine | None = engine
-        self._attach(engine)
+        self._source = _Source(engine, ledger, {n: lane.meter.copy() for n, lane in lanes.items()})
+        engine.tape = self
+        ledger.seen = engine.space.pool.seen = self._see
+
+    @property
+    def began_s(self) -> float:
+        """When the step began."""
+        return self.before.at_s
 
     # -- while the step runs ----------------------------------------------------------------
 
@@ -101,34 +116,26 @@ class Tape:
         self.lanes.setdefault(lane, []).append((-1, start_s, time.perf_counter(), size_bytes))
 
     def _see(self, what: int | Other, change_bytes: int) -> None:
-        ledger = self._ledger
+        ledger = self._source.ledger
         self._samples.append(
             (time.perf_counter(), what, change_bytes, ledger.used_bytes, ledger.idle_bytes)
         )
-
-    def _attach(self, engine: Engine) -> None:
-        self._ledger = engine.ledger
-        engine.tape = self
-        engine.ledger.seen = engine.space.pool.seen = self._see
 
     # -- afterwards -------------------------------------------------------------------------
 
     def end(self) -> None:
         """The step is over: nothing more is noted."""
-        engine = self._engine
-        if engine is None:
-            return
         self.ended_s = time.perf_counter()
-        for name, lane in engine.space.lanes.items():
-            self.lanes[name] = _spans_since(lane, self._meters[name])
+        for name, lane in self._source.engine.space.lanes.items():
+            self.lanes[name] = _spans_since(lane, self._source.meters[name])
         self.give_up()
 
     def give_up(self) -> None:
         """The step was interrupted: what follows is not its own."""
-        if self._engine is not None:
-            self._engine.tape = None
-            self._engine.ledger.seen = self._engine.space.pool.seen = None
-            self._engine = None
+        engine = self._source.engine
+        if engine.tape is self:
+            engine.tape = None
+            engine.ledger.seen = engine.space.pool.seen = None
 
     def samples(self) -> Iterable[Sample]:
         """Every change of what the tier holds, in order."""
