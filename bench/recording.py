@@ -24,7 +24,7 @@ from record import append
 import offload
 from offload.config import Tuning
 from offload.steps import Kind
-from offload.tape import Tape
+from offload.tape import Tape, meters_of
 from offload.tiers.probe import probe
 
 WARM_STEPS = 5
@@ -98,7 +98,7 @@ def against(ones: list[float], others: list[float]) -> dict[str, Any]:
 def seconds_an_event(run: Any) -> float:
     """Of the dearer kind: a change of what the tier holds."""
     engine = run.parts.engine
-    tape = Tape(engine, time.perf_counter(), None)
+    tape = Tape(engine, time.perf_counter(), meters_of(engine), None)
     began_s = time.perf_counter()
     for _ in range(EVENTS):
         engine.space.pool.seen(0, 0)

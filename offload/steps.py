@@ -22,7 +22,8 @@ from offload.engine import Engine
 from offload.prefetch.plan import Plan
 from offload.prefetch.trace import Moment, Trace
 from offload.record import Follower, Recorder
-from offload.tape import Tape
+from offload.tape import Tape, meters_of
+from offload.tiers.lane import Meter
 from offload.trial import Trial, without_reading_ahead
 from offload.watch import Watch
 
@@ -111,7 +112,7 @@ class _Step:
     mode: Mode
     ahead: bool = True  # whether it reads ahead
     tape: Tape | None = None  # what it does
-    moved_bytes: dict[str, int] = field(default_factory=dict)  # by each lane, when it began
+    meters: dict[str, Meter] = field(default_factory=dict)  # of the lanes, when it began
 
 
 @dataclass(slots=True)
@@ -168,9 +169,7 @@ class Steps:
         self._make_plan(kind)
         mode = self._mode(kind, call)
         self._step = _Step(kind, mode, ahead=mode is not Mode.REPLAY or track.trial.ahead)
-        self._step.moved_bytes = {
-            n: lane.meter.moved_bytes for n, lane in self._engine.space.lanes.items()
-        }
+        meters = self._step.meters = meters_of(self._engine)
         if mode is Mode.RECORD:
             self._engine.ledger.heap.slack_bytes = 0  # to see what the step cannot do without
             self.watch.start()
@@ -179,7 +178,7 @@ class Steps:
         follower = None if still else track.following(ahead=self._step.ahead)
         recorder = self._recorder()
         if self.tapes and mode is not Mode.RECORD:
-            self._step.tape = Tape(self._engine, recorder.began_s, track.follower)
+            self._step.tape = Tape(self._engine, recorder.began_s, meters, track.follower)
         self._engine.begin(recorder, follower)
         return mode
 
@@ -189,8 +188,9 @@ class Steps:
             return
         engine, step, track = self._engine, self._step, self.tracks[self._step.kind]
         engine.finish()
+        meters = meters_of(engine)
         if step.tape is not None:
-            step.tape.end()
+            step.tape.end(meters)
             track.tape = step.tape
         self.watch.stop()
         engine.ledger.heap.slack_bytes = self.watch.excess_bytes
@@ -199,22 +199,22 @@ class Steps:
         trace = recorder.finish(tuple(c.size_bytes for c in engine.space.chunks))
         track.steps += 1
         if step.mode is not Mode.RECORD:
-            self._time(track, step, time.perf_counter() - recorder.began_s)
+            self._time(track, step, time.perf_counter() - recorder.began_s, meters)
         elif step.kind is Kind.INFER:
             trace = _roomier(trace, engine.ledger.capacity_bytes, self.constant_bytes)
         if step.mode is not Mode.FITS and step.ahead:  # without hooks it shows the update alone
             self._learn(track, trace, watched=step.mode is Mode.RECORD)
         self._resume()
 
-    def _time(self, track: Track, step: _Step, step_s: float) -> None:
+    def _time(self, track: Track, step: _Step, step_s: float, meters: dict[str, Meter]) -> None:
         """Note how long a replayed step took, and what it moved."""
         if step.kind is Kind.INFER and step.mode is Mode.REPLAY and track.follower is not None:
             track.trial.note(step_s, track.follower.plan.forecast.step_s)
         if step.ahead is not track.trial.ahead:
             return  # it was a try that is not taken up
         track.replayed_s.append(step_s)
-        for name, lane in self._engine.space.lanes.items():
-            track.replayed_bytes[name].append(lane.meter.moved_bytes - step.moved_bytes[name])
+        for name, then in step.meters.items():
+            track.replayed_bytes[name].append(meters[name].moved_bytes - then.moved_bytes)
 
     def _form(self, call: Call) -> Track:
         """The track of a call's form; a new one begins with what is known of the one before."""

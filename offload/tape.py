@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from offload.ledger import Ledger, Other
 from offload.prefetch.trace import Need, Phase
 from offload.record import Follower
-from offload.tiers.lane import Lane, Meter, Span
+from offload.tiers.lane import Meter, Span
 
 if TYPE_CHECKING:
     from offload.engine import Engine
@@ -72,11 +72,13 @@ class _Source:
 class Tape:
     """Events of one step of one engine. Seconds are of ``time.perf_counter``.
 
-    ``follower``: the plan that it follows, if there is one.
+    ``meters``: of the engine's lanes, when the step began. ``follower``: the plan that it follows.
     """
 
-    def __init__(self, engine: Engine, began_s: float, follower: Follower | None) -> None:
-        ledger, lanes = engine.ledger, engine.space.lanes
+    def __init__(
+        self, engine: Engine, began_s: float, meters: dict[str, Meter], follower: Follower | None
+    ) -> None:
+        ledger = engine.ledger
         self.follower = follower
         self.ended_s = self._entered_s = began_s
         self.moments: list[tuple[float, float, Phase, tuple[Need, ...]]] = []  # from, to
@@ -88,7 +90,7 @@ class Tape:
             ledger.used_bytes, ledger.idle_bytes,
         )  # fmt: skip
         self._samples: list[tuple[float, int | Other, int, int, int]] = []
-        self._source = _Source(engine, ledger, {n: lane.meter.copy() for n, lane in lanes.items()})
+        self._source = _Source(engine, ledger, meters)
         engine.tape = self
         ledger.seen = engine.space.pool.seen = self._see
 
@@ -123,11 +125,12 @@ class Tape:
 
     # -- afterwards -------------------------------------------------------------------------
 
-    def end(self) -> None:
-        """The step is over: nothing more is noted."""
+    def end(self, meters: dict[str, Meter]) -> None:
+        """The step is over, with these meters: nothing more is noted."""
         self.ended_s = time.perf_counter()
         for name, lane in self._source.engine.space.lanes.items():
-            self.lanes[name] = _spans_since(lane, self._source.meters[name])
+            first = self._source.meters[name].transfers
+            self.lanes[name] = lane.between(first, meters[name].transfers)
         self.give_up()
 
     def give_up(self) -> None:
@@ -142,8 +145,6 @@ class Tape:
         return (Sample(*values) for values in self._samples)
 
 
-def _spans_since(lane: Lane, then: Meter) -> list[Span]:
-    """The transfers that the meter has counted since; of very many the latest."""
-    count = lane.meter.transfers - then.transfers
-    spans = list(lane.spans)
-    return spans[-count:] if count else []
+def meters_of(engine: Engine) -> dict[str, Meter]:
+    """What each lane of an engine has moved so far."""
+    return {name: lane.meter.copy() for name, lane in engine.space.lanes.items()}

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from offload.tiers.lane import SPANS_KEPT, Meter, Span, Ticket
+from offload.tiers.lane import SPANS_KEPT, Meter, Span, Ticket, numbered
 
 
 class AdversarialLane:
@@ -31,6 +31,9 @@ class AdversarialLane:
         while not ticket.done:
             self._run_one()
         ticket.wait()
+
+    def between(self, first: int, last: int) -> list[Span]:
+        return numbered(self.spans, self.meter.transfers, first, last)
 
     def close(self) -> None:
         while self._held:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 
@@ -66,7 +67,6 @@ class Lane(Protocol):
     """What the engine knows of a lane."""
 
     meter: Meter
-    spans: deque[Span]  # the latest transfers: as many as the meter counts, or as are kept
 
     def submit(self, ticket: Ticket, work: Callable[[], int], size_bytes: int) -> None:
         """Queue a transfer."""
@@ -76,9 +76,19 @@ class Lane(Protocol):
         """Block until this ticket is done; raises its error."""
         ...
 
+    def between(self, first: int, last: int) -> list[Span]:
+        """Transfers ``first`` to ``last`` - 1, as the meter counts them: those still known."""
+        ...
+
     def close(self) -> None:
         """Finish what is queued and stop the workers."""
         ...
+
+
+def numbered(spans: deque[Span], count: int, first: int, last: int) -> list[Span]:
+    """Those of these numbers, where ``spans`` ends with number ``count`` - 1."""
+    tail = list(islice(reversed(spans), count - last, count - first))
+    return tail[::-1]
 
 
 class ThreadLane:
@@ -97,6 +107,10 @@ class ThreadLane:
 
     def wait(self, ticket: Ticket) -> None:
         ticket.wait()
+
+    def between(self, first: int, last: int) -> list[Span]:
+        with self._lock:
+            return numbered(self.spans, self.meter.transfers, first, last)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
