@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from offload.tiers.spec import GIB, KIB, MIB, format_size
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "kv", "staging", "fixed")
+COMPUTING = ("compute", "update")
+OTHER = "other"  # the colour of spans that belong to no single chunk
 LANES = ("compute", "update", "h2d", "d2h", "read", "write")
 LANE_LABELS = {"h2d": "to GPU", "d2h": "from GPU"}
 FONT = "system-ui, sans-serif"
@@ -203,12 +205,19 @@ def lanes_chart(step: dict[str, Any], chunk_kinds: list[str], x_range: Range1d) 
     rows = len(lanes) + 1  # the phases stand above
     plot = _blank(LANE_HEIGHT_PX * rows + 40, x_range, Range1d(0, rows))
     _draw_phases(plot, step, rows - 0.5)
+    # Stalls are red where compute would be, and faintly behind the lanes that were waited for.
+    stalls = _stall_source(step["stalls"])
+    plot.quad(
+        left="left", right="right", bottom=0, top=len(lanes), source=stalls, name="stall-band"
+    )
     for kind, columns in _spans_by_kind(step, lanes, chunk_kinds).items():
         plot.hbar(
             y="y", left="left", right="right", height=0.66, source=ColumnDataSource(columns),
             name=f"kind:{kind}",
         )  # fmt: skip
-    _draw_stalls(plot, step["stalls"], lanes)
+    plot.hbar(
+        y=len(lanes) - 0.5, left="left", right="right", height=0.66, source=stalls, name="stall"
+    )
     plot.yaxis.ticker = FixedTicker(ticks=[_row(lanes, lane) for lane in lanes])
     plot.yaxis.major_label_overrides = {
         _row(lanes, lane): LANE_LABELS.get(lane, lane) for lane in lanes
@@ -242,33 +251,25 @@ def _draw_phases(plot: figure, step: dict[str, Any], y: float) -> None:
     )  # fmt: skip
 
 
-def _draw_stalls(plot: figure, stalls: dict[str, Any], lanes: list[str]) -> None:
-    """Waiting is red where compute would be, and faintly down through the lanes waited for."""
-    data = {
+def _stall_source(stalls: dict[str, Any]) -> ColumnDataSource:
+    return ColumnDataSource({
         "left": np.asarray(stalls["start_s"], dtype=np.float64),
         "right": np.asarray(stalls["end_s"], dtype=np.float64),
         "index": np.arange(len(stalls["chunk"]), dtype=np.int32),
-    }
-    source = ColumnDataSource(data)
-    plot.quad(
-        left="left", right="right", bottom=0, top=len(lanes), source=source, name="stall-band"
-    )
-    plot.hbar(
-        y=len(lanes) - 0.5, left="left", right="right", height=0.66, source=source, name="stall"
-    )  # fmt: skip
+    })  # fmt: skip
 
 
 def _spans_by_kind(
     step: dict[str, Any], lanes: list[str], chunk_kinds: list[str]
 ) -> dict[str, dict[str, Any]]:
     """The spans of all lanes in one table for each colour."""
-    kinds = np.array([*chunk_kinds, "other"], dtype=object)  # -1, no chunk, is the last
+    kinds = np.array([*chunk_kinds, OTHER], dtype=object)  # -1, no chunk, is the last
     gathered: dict[str, list[dict[str, Any]]] = {}
     for lane in lanes:
         spans = {k: np.asarray(v) for k, v in step["lanes"][lane]["spans"].items()}
         colours = (
             np.full(len(spans["chunk"]), lane, dtype=object)
-            if lane in ("compute", "update")
+            if lane in COMPUTING
             else kinds[spans["chunk"]]
         )
         for colour in sorted(set(colours)):

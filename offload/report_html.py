@@ -110,7 +110,7 @@ def _run(
             "parts": view.step_parts(data), "tiers": view.tiers(data, prefix),
             "lanes": view.lane_rows(data), "lanes_chart": f"{prefix}lanes",
             "lane_kinds": view.lane_kinds(data),
-            "stalls": view.longest_stalls(data),
+            "stalls": view.longest_stalls(data), "notes": data["step"].get("notes", []),
         }  # fmt: skip
     return run
 
@@ -174,10 +174,10 @@ def _module_table(data: dict[str, Any]) -> Table:
     """The modules of one run, a column at a time."""
     columns = [
         _column("name", "Module", "text", "its name in the model"),
-        _column("bytes", "Size", "bytes", "weights, gradients and optimizer state"),
-        _column("home_bytes", "Lives in", "home", "where its bytes are between uses"),
+        _column("bytes", "Size", "bytes", "bytes of its weights"),
+        _column("home_bytes", "Lives in", "home", "where its weights, gradients and optimizer state are between uses"),
         _column("compute_s", "Computes", "seconds", "time it computed in the step"),
-        _column("stall_s", "Waits", "stall", "time it waited for bytes in the step"),
+        _column("stall_s", "Stalls", "stall", "time in the step in which its computing stood still"),
         _column("read_bytes", "Read", "bytes", "read from disk for it in the step"),
         _column("write_bytes", "Written", "bytes", "written to disk for it in the step"),
     ]
@@ -198,7 +198,7 @@ def _joined_table(a: dict[str, Any], b: dict[str, Any]) -> Table:
     rows["bytes"] = [max(pair) for pair in zip(*sizes, strict=True)]
     kinds = (
         ("compute_s", "Computes", "seconds"),
-        ("stall_s", "Waits", "stall"),
+        ("stall_s", "Stalls", "stall"),
         ("read_bytes", "Read", "bytes"),
     )
     for key, label, kind in kinds:
@@ -217,12 +217,14 @@ def _page(
     from bokeh.resources import Resources
     from markupsafe import Markup
 
+    from offload.report_view import CAUSES
+
     ours = "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in OUR_SCRIPTS)
     library = "\n".join(Resources(mode="inline", components=["bokeh"], minified=True).js_raw)
     scripts = [library, f'"use strict";\n(() => {{\n{ours}\n}})();']
     return _environment().get_template(template).render(
         **context,
-        page=page | {"charts": charts.to_dict()},
+        page=page | {"causes": CAUSES, "charts": charts.to_dict()},
         style=Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
         policy=_policy(scripts),

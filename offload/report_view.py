@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from offload.report_charts import KINDS, kinds_of, lanes_of, used_bytes_of
+from offload.report_charts import COMPUTING, KINDS, OTHER, kinds_of, lanes_of, used_bytes_of
 from offload.tiers.spec import GIB, format_size
 
 MOST_STALLS = 10
@@ -22,12 +22,16 @@ LANE_WORDS = {
     "write": ("write", "host memory → disk"),
 }
 CAUSES = {
-    "read": "reads from disk", "write": "writes to disk", "h2d": "copies to the GPU",
-    "d2h": "copies from the GPU", "update": "the optimizer", "room": "room in memory",
-}  # fmt: skip
-LANE_RATES = {f"{lane}": f"{lane}_bytes_per_s" for lane in ("read", "write", "h2d", "d2h")}
+    "read": "waiting for reads from disk",
+    "write": "waiting for writes to disk",
+    "upload": "waiting for copies to the GPU",
+    "checksum": "comparing checksums before chunks leave",
+    "engine": "the runtime's own work",
+}
+LANE_RATES = {lane: f"{lane}_bytes_per_s" for lane in ("read", "write", "h2d", "d2h")}
+FASTER = "faster than the rates measured before allow"
 COMPARED = {
-    "step_s": "Step time", "stall_s": "Waiting", "peak_bytes": "Most memory held",
+    "step_s": "Step time", "stall_s": "Stalls", "peak_bytes": "Most memory held",
     "read_bytes": "Read from disk", "write_bytes": "Written to disk",
 }  # fmt: skip
 
@@ -73,7 +77,7 @@ def quantity(key: str, value: float) -> str:
 
 
 def cause_words(cause: str) -> str:
-    """What was waited for, in words."""
+    """Why nothing was computed, in words."""
     return CAUSES.get(cause, cause)
 
 
@@ -88,7 +92,7 @@ def headline(data: dict[str, Any]) -> dict[str, Any]:
         "model": model["name"],
         "about": f"{count(model['parameters'])} parameters · {TASKS.get(data['task'], data['task'])} · {chunks}",
         "made": data["made"].replace("T", " ").replace("Z", " UTC"),
-        "verdict": verdict["text"],
+        "verdict": verdict["text"][:1].upper() + verdict["text"][1:],
         "advice": verdict["advice"],
         "figures": _figures(data),
     }
@@ -97,6 +101,9 @@ def headline(data: dict[str, Any]) -> dict[str, Any]:
 def _figures(data: dict[str, Any]) -> list[dict[str, Any]]:
     measured, step = data["measured"], data["step"] or {}
     step_s, stall_s = measured["step_s"], measured["stall_s"]
+    if step:  # as its timeline shows them, the runtime's own work included
+        stall_s = sum(step["stalls"]["end_s"]) - sum(step["stalls"]["start_s"])
+        step_s = step["step_s"]
     bound_s, ratio = step.get("bound_s"), data["verdict"].get("ratio")
     figures = [
         {
@@ -105,11 +112,12 @@ def _figures(data: dict[str, Any]) -> list[dict[str, Any]]:
         },
         {
             "label": "Against the bound", "value": f"{ratio:.2f}×" if ratio else "unknown",
-            "note": "1.00× is the best possible here", "state": "accent",
+            "note": "1.00× is the best possible here" if (ratio or 1) >= 1 else FASTER,
+            "state": "accent",
         },
         {
-            "label": "Waiting", "value": seconds(stall_s), "state": "bad" if stall_s > 0.02 * step_s else "",
-            "note": f"{share(stall_s, step_s)} of the step",
+            "label": "Stalls", "value": seconds(stall_s), "state": "bad" if stall_s > 0.02 * step_s else "",
+            "note": f"{share(stall_s, step_s)} of the step computed nothing",
         },
     ]  # fmt: skip
     return [*figures, _fullest(data)]
@@ -146,18 +154,20 @@ def step_parts(data: dict[str, Any]) -> dict[str, Any]:
         {"kind": lane, "label": label, "s": step["lanes"].get(lane, {}).get("busy_s", 0.0)}
         for lane, label in (("compute", "computing"), ("update", "updating weights"))
     ]
-    parts += [
-        {"kind": "stall", "label": f"waiting for {cause_words(cause)}", "s": took_s}
-        for cause, took_s in sorted(waited.items(), key=lambda item: -item[1])
-    ]
+    causes = sorted(waited, key=lambda cause: -waited[cause])
+    parts += [{"kind": "stall", "label": cause_words(c), "s": waited[c]} for c in causes]
     rest_s = whole_s - sum(part["s"] for part in parts)
     if rest_s > 0.005 * whole_s:
         parts.append({"kind": "rest", "label": "everything else", "s": rest_s})
+    stalls_seen = 0
     for part in parts:
         part |= {
             "percent": 100 * part["s"] / whole_s, "text": seconds(part["s"]),
-            "share": share(part["s"], whole_s),
+            "share": share(part["s"], whole_s), "strength": 1.0,
         }  # fmt: skip
+        if part["kind"] == "stall":
+            part["strength"] = max(0.35, 1 - 0.22 * stalls_seen)  # shades of one red
+            stalls_seen += 1
     bound_percent = min(100.0, 100 * step["bound_s"] / whole_s)
     return {
         "parts": [p for p in parts if p["s"] > 0], "bound_percent": bound_percent,
@@ -182,10 +192,12 @@ def _tier(data: dict[str, Any], tier: str, memory: dict[str, Any], prefix: str) 
         }
         for kind in kinds_of(memory)
     ]  # fmt: skip
-    limit = f"{share(peak_bytes, budget_bytes)} of the budget of {format_size(budget_bytes)}"
+    limit = "no budget was set"
+    if budget_bytes:
+        limit = f"{share(peak_bytes, budget_bytes)} of the budget of {format_size(budget_bytes)}"
     return {
         "name": TIER_NAMES[tier], "chart": f"{prefix}memory-{tier}", "kinds": kinds,
-        "peak": format_size(peak_bytes), "limit": limit if budget_bytes else "no budget was set",
+        "peak": format_size(peak_bytes), "limit": limit,
         "when": f"{seconds(at_s)} into the step, {_doing(data, at_s)}".rstrip(", "),
     }  # fmt: skip
 
@@ -231,13 +243,10 @@ def lane_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 def lane_kinds(data: dict[str, Any]) -> list[str]:
     """The kinds of chunks that any lane moved, in the order of the memory charts."""
-    moved = {
-        data["chunks"]["kind"][chunk]
-        for lane in data["step"]["lanes"].values()
-        for chunk in set(lane["spans"]["chunk"])
-        if chunk >= 0
-    }
-    return [kind for kind in KINDS if kind in moved]
+    kinds = [*data["chunks"]["kind"], OTHER]  # the last is for no single chunk, -1
+    lanes = (lane for name, lane in data["step"]["lanes"].items() if name not in COMPUTING)
+    moved = {kinds[chunk] for lane in lanes for chunk in set(lane["spans"]["chunk"])}
+    return [kind for kind in (*KINDS, OTHER) if kind in moved]
 
 
 def longest_stalls(data: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@ const NEAR_PX = 4;
 const MOST_NAMES = 4;
 const tip = document.getElementById("tip");
 const laneWords = { h2d: "Copy to GPU", d2h: "Copy from GPU", read: "Read from disk", write: "Write to disk", compute: "Compute", update: "Update" };
-const causeWords = { read: "reads from disk", write: "writes to disk", h2d: "copies to the GPU", d2h: "copies from the GPU", update: "the optimizer", room: "room in memory" };
 
 function runOf(plot) {
   return page.runs[/^[ab]-/.test(plot.name) ? plot.name.slice(0, 2) : ""];
@@ -74,7 +73,7 @@ function describeStall(plot, { renderer, i }) {
   if (chunk[at] >= 0) rows.push(["Bytes", sizeText(run.chunk_bytes[chunk[at]])]);
   rows.push(["Who waited", run.modules[module[at]] ?? "the step"]);
   rows.push(["When", `${momentText(start_s[at], end_s[at] - start_s[at])}, for ${secondsText(end_s[at] - start_s[at])}`]);
-  return { kind: "stall", title: `Waiting for ${causeWords[cause[at]] ?? cause[at]}`, rows };
+  return { kind: "stall", title: `Stall: ${page.causes[cause[at]] ?? cause[at]}`, rows };
 }
 
 function describeLanes(plot, x, y, near) {
