@@ -317,8 +317,10 @@ def history_chart(series: Series, label: str, *, from_zero: bool) -> figure | No
         kept = _thinned(np.nan_to_num(y))
         kept = kept[~np.isnan(y[kept])]
         source = ColumnDataSource({"x": np.asarray(steps, dtype=np.float64)[kept], "y": y[kept]})
-        plot.line(x="x", y="y", source=source, line_width=1.75, name=f"line:{name}")
-        if len(kept) <= MOST_DOTS:
+        # Two runs often have the very same losses: the second is dashed, so both are seen.
+        dash = "dashed" if plot.renderers else "solid"
+        plot.line(x="x", y="y", source=source, line_width=1.75, line_dash=dash, name=f"line:{name}")
+        if len(kept) <= MOST_DOTS and len(series) == 1:
             plot.scatter(x="x", y="y", source=source, size=4, name=f"line:{name}")
     plot.tags = [{"type": "history", "label": label}]
     plot.yaxis.ticker.desired_num_ticks = 4

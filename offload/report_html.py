@@ -153,7 +153,8 @@ def _names(data: dict[str, Any]) -> dict[str, Any]:
     """What hovering looks up: the names of tensors (each stored once) and modules."""
     names: dict[str, int] = {}
     tensors = [
-        [names.setdefault(name, len(names)) for name in chunk] for chunk in data["chunks"]["tensors"]
+        [names.setdefault(name, len(names)) for name in chunk]
+        for chunk in data["chunks"]["tensors"]
     ]
     stalls = data["step"]["stalls"] if data["step"] else None
     budgets = {
@@ -175,9 +176,16 @@ def _module_table(data: dict[str, Any]) -> Table:
     columns = [
         _column("name", "Module", "text", "its name in the model"),
         _column("bytes", "Size", "bytes", "bytes of its weights"),
-        _column("home_bytes", "Lives in", "home", "where its weights, gradients and optimizer state are between uses"),
+        _column(
+            "home_bytes",
+            "Lives in",
+            "home",
+            "where its weights, gradients and optimizer state are between uses",
+        ),
         _column("compute_s", "Computes", "seconds", "time it computed in the step"),
-        _column("stall_s", "Stalls", "stall", "time in the step in which its computing stood still"),
+        _column(
+            "stall_s", "Stalls", "stall", "time in the step in which its computing stood still"
+        ),
         _column("read_bytes", "Read", "bytes", "read from disk for it in the step"),
         _column("write_bytes", "Written", "bytes", "written to disk for it in the step"),
     ]
@@ -203,7 +211,9 @@ def _joined_table(a: dict[str, Any], b: dict[str, Any]) -> Table:
     )
     for key, label, kind in kinds:
         for letter, run in zip("AB", of, strict=True):
-            columns.append(_column(f"{key}{letter}", f"{label}, {letter}", kind, f"in run {letter}"))
+            columns.append(
+                _column(f"{key}{letter}", f"{label}, {letter}", kind, f"in run {letter}")
+            )
             rows[f"{key}{letter}"] = [run.get(n, {}).get(key, 0) for n in names]
     return {"columns": columns, "rows": rows, "sort": "stall_sA"}
 
@@ -211,9 +221,7 @@ def _joined_table(a: dict[str, Any], b: dict[str, Any]) -> Table:
 # -- the file -----------------------------------------------------------------------------------
 
 
-def _page(
-    template: str, context: dict[str, Any], page: dict[str, Any], charts: Charts
-) -> str:
+def _page(template: str, context: dict[str, Any], page: dict[str, Any], charts: Charts) -> str:
     from bokeh.resources import Resources
     from markupsafe import Markup
 

@@ -87,10 +87,14 @@ def cause_words(cause: str) -> str:
 def headline(data: dict[str, Any]) -> dict[str, Any]:
     """Who ran what, the verdict, its four figures and what to change."""
     model, verdict = data["model"], data["verdict"]
-    chunks = f"{model['chunks']:,} chunks of {format_size(model['chunk_bytes'])}"
+    about = (
+        f"{count(model['parameters'])} parameters",
+        TASKS.get(data["task"], data["task"]),
+        f"{model['chunks']:,} chunks of {format_size(model['chunk_bytes'])}",
+    )
     return {
         "model": model["name"],
-        "about": f"{count(model['parameters'])} parameters · {TASKS.get(data['task'], data['task'])} · {chunks}",
+        "about": " · ".join(about),
         "made": data["made"].replace("T", " ").replace("Z", " UTC"),
         "verdict": verdict["text"][:1].upper() + verdict["text"][1:],
         "advice": verdict["advice"],
@@ -116,7 +120,8 @@ def _figures(data: dict[str, Any]) -> list[dict[str, Any]]:
             "state": "accent",
         },
         {
-            "label": "Stalls", "value": seconds(stall_s), "state": "bad" if stall_s > 0.02 * step_s else "",
+            "label": "Stalls", "value": seconds(stall_s),
+            "state": "bad" if stall_s > 0.02 * step_s else "",
             "note": f"{share(stall_s, step_s)} of the step computed nothing",
         },
     ]  # fmt: skip
@@ -137,7 +142,8 @@ def _fullest(data: dict[str, Any]) -> dict[str, Any]:
     peak_bytes, budget_bytes = peaks[tier]
     note = f"of {format_size(budget_bytes)}" if budget_bytes else "no budget was set"
     if budget_bytes:
-        note += f" {TIER_NAMES.get(tier, tier).lower().replace('gpu', 'GPU')} ({share(peak_bytes, budget_bytes)})"
+        where = TIER_NAMES.get(tier, tier).lower().replace("gpu", "GPU")
+        note += f" {where} ({share(peak_bytes, budget_bytes)})"
     return {"label": "Peak memory", "value": format_size(peak_bytes), "note": note, "state": ""}
 
 
@@ -178,13 +184,21 @@ def step_parts(data: dict[str, Any]) -> dict[str, Any]:
 def tiers(data: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
     """One entry for each tier with samples: its chart, and what was there at the peak."""
     step = data["step"]
-    return [_tier(data, tier, step["memory"][tier], prefix) for tier in TIER_NAMES if tier in step["memory"]]
+    return [
+        _tier(data, tier, step["memory"][tier], prefix)
+        for tier in TIER_NAMES
+        if tier in step["memory"]
+    ]
 
 
 def _tier(data: dict[str, Any], tier: str, memory: dict[str, Any], prefix: str) -> dict[str, Any]:
     used = used_bytes_of(memory)
     peak = int(used.argmax())
-    at_s, peak_bytes, budget_bytes = memory["t_s"][peak], float(used[peak]), memory.get("budget_bytes")
+    at_s, peak_bytes, budget_bytes = (
+        memory["t_s"][peak],
+        float(used[peak]),
+        memory.get("budget_bytes"),
+    )
     kinds = [
         {
             "kind": kind, "text": format_size(memory["kinds"][kind][peak]),
@@ -257,12 +271,13 @@ def longest_stalls(data: dict[str, Any]) -> list[dict[str, Any]]:
     for i in sorted(range(len(took)), key=lambda j: -took[j])[:MOST_STALLS]:
         module, chunk = stalls["module"][i], stalls["chunk"][i]
         names = chunks["tensors"][chunk] if chunk >= 0 else []
+        more = len(names) - 2
         rows.append({
             "start_s": stalls["start_s"][i], "end_s": stalls["end_s"][i],
             "start": seconds(stalls["start_s"][i]), "took": seconds(took[i]),
             "module": modules[module]["name"] if module >= 0 else "",
             "cause": cause_words(stalls["cause"][i]), "chunk": chunk if chunk >= 0 else None,
-            "tensors": ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else ""),
+            "tensors": ", ".join(names[:2]) + (f" and {more} more" if more > 0 else ""),
         })  # fmt: skip
     return rows
 
@@ -324,7 +339,9 @@ def two_runs(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
         if a["measured"].get(key) is not None and b["measured"].get(key) is not None
     ]
     if a["step"] and b["step"]:
-        rows.insert(1, _pair("bound_s", "Bound of a step", a["step"]["bound_s"], b["step"]["bound_s"]))
+        rows.insert(
+            1, _pair("bound_s", "Bound of a step", a["step"]["bound_s"], b["step"]["bound_s"])
+        )
     return rows
 
 

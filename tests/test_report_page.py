@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 
@@ -24,17 +24,21 @@ from tests.report_data import SMALL, made
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 HOSTILE = "</script><script>alert(1)//<img src=x onerror=alert(2)>"
 WEIGHTS = {"light": (31, 119, 180), "dark": (79, 159, 219)}
+ACCENT = {"light": (74, 69, 216), "dark": (167, 163, 255)}
+PHASE = {"light": (227, 230, 236), "dark": (43, 48, 59)}
 STALL = {"light": (211, 38, 26), "dark": (255, 90, 74)}
 
 # Where a point of a chart is on the screen.
-LOCATE = """([chart, x, y]) => {
+LOCATE = """async ([chart, x, y]) => {
   const plot = Bokeh.documents[0].roots().find((p) => p.name === chart);
   const element = document.getElementById("chart-" + chart);
   element.scrollIntoView({ block: "center", behavior: "instant" });
+  for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);  // scrolling hides the tip
   const frame = Bokeh.index.get_by_id(plot.id).frame.bbox;
   const at = (range, value) => (value - range.start) / (range.end - range.start);
   const { left, top } = element.getBoundingClientRect();
-  return [left + frame.left + at(plot.x_range, x) * frame.width, top + frame.bottom - at(plot.y_range, y) * frame.height];
+  const across = left + frame.left + at(plot.x_range, x) * frame.width;
+  return [across, top + frame.bottom - at(plot.y_range, y) * frame.height];
 }"""
 SHOWN = """(chart) => {
   const { start, end } = Bokeh.documents[0].roots().find((p) => p.name === chart).x_range;
@@ -83,7 +87,9 @@ class Opened:
         """Whether a colour is to be seen, give or take a little."""
         image = Image.open(io.BytesIO(self.page.locator(selector).first.screenshot()))
         counted = image.convert("RGB").getcolors(1 << 24) or []
-        close = (n for n, c in counted if max(abs(a - b) for a, b in zip(c, colour, strict=True)) < 9)  # type: ignore[arg-type]
+        close = (
+            n for n, c in counted if max(abs(a - b) for a, b in zip(c, colour, strict=True)) < 9
+        )  # type: ignore[arg-type]
         return sum(close) > 30
 
     def rows(self) -> list[str]:
@@ -123,6 +129,7 @@ def opened(browser: Browser, files: Path) -> Iterator[Opener]:
             lambda m: m.type in ("error", "warning") and it.wrong.append(f"{m.type}: {m.text}"),
         )
         page.on("request", lambda r: r.url.startswith("file:") or it.wrong.append(r.url))
+        page.set_default_timeout(15_000)
         page.goto((files / f"{name}.html").as_uri())
         page.wait_for_selector("html[data-ready]", state="attached", timeout=30_000)
         return it
@@ -149,8 +156,9 @@ def test_every_chart_is_drawn_and_nothing_sticks_out(
     assert charts.count() == expected
     for i in range(expected):
         chart = f"#{charts.nth(i).get_attribute('id')}"
-        accent = (74, 69, 216) if scheme == "light" else (167, 163, 255)
-        assert it.has_colour(chart, accent if "history" in chart else WEIGHTS[scheme]), chart
+        # In a narrow window spans of transfers are thinner than a pixel, unlike the phases.
+        colours = ACCENT if "history" in chart else PHASE if "lanes" in chart else WEIGHTS
+        assert it.has_colour(chart, colours[scheme]), chart
     assert it.has_colour(".split", STALL[scheme])
     assert it.page.evaluate("document.documentElement.scrollWidth") == width
     ground = it.page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -162,7 +170,8 @@ def test_hovering_tells_chunk_tensors_bytes_bandwidth_and_who_waited(opened: Ope
     stalls, read = data["step"]["stalls"], data["step"]["lanes"]["read"]["spans"]
     i = 5
     chunk, waiter = stalls["chunk"][i], data["modules"][stalls["module"][i]]["name"]
-    span = max(k for k, c in enumerate(read["chunk"]) if c == chunk and read["start_s"][k] < stalls["end_s"][i])  # fmt: skip
+    spans = enumerate(zip(read["chunk"], read["start_s"], strict=True))
+    span = max(k for k, (c, start_s) in spans if c == chunk and start_s < stalls["end_s"][i])
     middle = (read["start_s"][span] + read["end_s"][span]) / 2
     text = it.hover("lanes", middle, 1.5)
     waited_s = stalls["end_s"][i] - stalls["start_s"][i]
@@ -225,7 +234,7 @@ def test_a_stall_of_the_list_is_shown_in_the_timeline(opened: Opener) -> None:
     it.page.locator("[data-from]").nth(1).click()
     start_s, end_s = it.shown("lanes")
     assert start_s < stalls["start_s"][second] < stalls["end_s"][second] < end_s
-    assert end_s - start_s == pytest.approx(6 * took[second], rel=0.01)
+    assert end_s - start_s == pytest.approx(5 * took[second], rel=0.01)
 
 
 def test_modules_are_sorted_and_filtered(opened: Opener) -> None:
