@@ -167,7 +167,7 @@ def test_every_chart_is_drawn_and_nothing_sticks_out(
     assert (ground == "rgb(14, 16, 20)") == (scheme == "dark")
 
 
-def test_hovering_tells_chunk_tensors_bytes_bandwidth_and_who_waited_for_what(opened: Opener) -> None:
+def test_hovering_tells_what_moves_how_fast_and_who_waits(opened: Opener) -> None:
     it, data = opened(), made(replace(SMALL, hostile=HOSTILE))
     stalls, read = data["step"]["stalls"], data["step"]["lanes"]["read"]["spans"]
     i = 5
