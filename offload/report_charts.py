@@ -77,8 +77,8 @@ def _blank(height_px: int, x_range: Range1d, y_range: Range1d) -> figure:
         sizing_mode="stretch_width", min_border_left=64, min_border_right=14, min_border_top=4,
         min_border_bottom=26, background_fill_alpha=0, border_fill_alpha=0, outline_line_alpha=0,
     )  # fmt: skip
-    plot.toolbar.active_drag = tools[0]  # type: ignore[assignment]
-    plot.toolbar.active_scroll = tools[1]  # type: ignore[assignment]
+    plot.toolbar.active_drag = tools[0]
+    plot.toolbar.active_scroll = tools[1]
     plot.xgrid.visible = False
     for axis in plot.axis:
         axis.axis_line_alpha = 0

@@ -14,7 +14,14 @@ import pytest
 pytest.importorskip("bokeh", reason="the report needs the extra `report`")
 pytest.importorskip("playwright", reason="playwright is not installed")
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    ConsoleMessage,
+    Dialog,
+    Page,
+    Request,
+    sync_playwright,
+)
 
 from offload.report_html import render, render_comparison
 from tests.report_data import SMALL, made
@@ -78,6 +85,26 @@ class Opened:
     page: Page
     wrong: list[str] = field(default_factory=list)
 
+    def watch(self) -> None:
+        """Note errors, warnings, dialogs, and requests for anything but the file."""
+
+        def on_dialog(dialog: Dialog) -> None:
+            self.wrong.append("a dialog")
+            dialog.dismiss()
+
+        def on_console(message: ConsoleMessage) -> None:
+            if message.type in ("error", "warning"):
+                self.wrong.append(f"{message.type}: {message.text}")
+
+        def on_request(request: Request) -> None:
+            if not request.url.startswith("file:"):
+                self.wrong.append(request.url)
+
+        self.page.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))
+        self.page.on("dialog", on_dialog)
+        self.page.on("console", on_console)
+        self.page.on("request", on_request)
+
     def point(self, chart: str, x: float, y: float) -> tuple[float, float]:
         """Pixels of a value; the chart is scrolled to the middle of the window."""
         across, down = self.page.evaluate(LOCATE, [chart, x, y])
@@ -128,13 +155,7 @@ def opened(browser: Browser, files: Path) -> Iterator[Opener]:
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         it = Opened(page)
         pages.append(it)
-        page.on("pageerror", lambda error: it.wrong.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: (it.wrong.append("a dialog"), dialog.dismiss()))
-        page.on(
-            "console",
-            lambda m: m.type in ("error", "warning") and it.wrong.append(f"{m.type}: {m.text}"),
-        )
-        page.on("request", lambda r: r.url.startswith("file:") or it.wrong.append(r.url))
+        it.watch()
         page.set_default_timeout(15_000)
         page.goto((files / f"{name}.html").as_uri())
         page.wait_for_selector("html[data-ready]", state="attached", timeout=30_000)
