@@ -74,7 +74,7 @@ def _blank(height_px: int, x_range: Range1d, y_range: Range1d) -> figure:
     ]
     plot = figure(
         height=height_px, x_range=x_range, y_range=y_range, tools=tools, toolbar_location=None,
-        sizing_mode="stretch_width", min_border_left=64, min_border_right=14, min_border_top=4,
+        sizing_mode="stretch_width", min_border_left=70, min_border_right=14, min_border_top=4,
         min_border_bottom=26, background_fill_alpha=0, border_fill_alpha=0, outline_line_alpha=0,
     )  # fmt: skip
     plot.toolbar.active_drag = tools[0]
