@@ -216,6 +216,13 @@ def _machine(size: Size) -> dict[str, Any]:
     }  # fmt: skip
 
 
+ADVICE = (
+    "Raise host_memory by 1.5 GiB: 12 more chunks stay in memory and a step reads 8% less.",
+    "Pass two micro-batches with run.accumulate: the weights are read once for both.",
+    'Keep the optimizer\'s state in state_dtype="bf16": half of its bytes.',
+)
+
+
 def made(size: Size = SMALL) -> dict[str, Any]:
     """A report's data, as the schema (version 1) has it."""
     step = _Step(size)
@@ -233,11 +240,6 @@ def made(size: Size = SMALL) -> dict[str, Any]:
         f"Reading from disk sets the pace: a step takes {step_s:.2f} s, "
         f"{step_s / bound_s:.2f} times the {bound_s:.2f} s that the disk needs."
     )
-    advice = [
-        "Raise host_memory by 1.5 GiB: 12 more chunks stay in memory and a step reads 8% less.",
-        "Pass two micro-batches with run.accumulate: the weights are read once for both.",
-        'Keep the optimizer\'s state in state_dtype="bf16": half of its bytes.',
-    ]
     return {
         "schema": 1, "offload": "0.1.0", "made": "2026-11-21T19:00:00Z", "task": "finetune",
         "machine": _machine(size),
@@ -249,7 +251,9 @@ def made(size: Size = SMALL) -> dict[str, Any]:
             "device": 80 * GIB if size.device else None, "host": size.host_bytes,
             "disk": 200 * size.host_bytes,
         },
-        "verdict": {"text": text, "binding": "disk", "ratio": step_s / bound_s, "advice": advice},
+        "verdict": {
+            "text": text, "binding": "disk", "ratio": step_s / bound_s, "advice": list(ADVICE),
+        },
         "step": {
             "step_s": step_s, "bound_s": bound_s, "wire_bound_s": 0.9 * bound_s, "binding": "disk",
             "phases": step.phases, "lanes": lanes, "stalls": step.stalls, "memory": memory,
