@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # there is no public w
 from offload.bind import choose_chunks, family_keys, lay_out_family, mirrors_of
 from offload.errors import OffloadError
 from offload.lora import add_adapters
+from offload.machines import DTYPES
 from offload.optim.learn import learn
 from offload.quantised import scratch_bytes
 from offload.tiers.layout import Layout
 
 METHODS = ("full", "lora")
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,3 @@ def outline(model: nn.Module, job: FineTune, host_bytes: int, chunk_bytes: int =
     fixed = buffers + scratch_bytes(model)
     return Outline(tuple(families), chunk_bytes or chosen, copies, fixed, place)
 
-
-def changed(job: FineTune, **values: Any) -> FineTune:
-    """The job with other settings. Raises ValueError for odd ones."""
-    return replace(job, **values)

@@ -22,6 +22,7 @@ from offload.tiers.spec import Compute, Machine, parse_size
 # What of a data sheet's figure is reached: products, memory, link, disk; of the disk's with both
 # directions at once; and of memory by an update that is spread over all cores.
 ATTAINED = {"flops": 0.5, "memory": 0.8, "link": 0.8, "disk": 0.85, "mixed": 0.5, "update": 0.6}
+DTYPES = ("float32", "bfloat16")
 _NUMBERS = ("memory_bytes_per_s", "host_bytes_per_s", "link_bytes_per_s",
             "disk_read_bytes_per_s", "disk_write_bytes_per_s")  # fmt: skip
 _TOKENS = (1, 8, 32, 128, 512)
