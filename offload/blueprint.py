@@ -215,7 +215,9 @@ def outline(model: nn.Module, job: FineTune, host_bytes: int, chunk_bytes: int =
     learnt, narrowing = learn(optimizer_of(model), job.state_dtype)
     chosen, copies = choose_chunks(host_bytes, learnt, narrowing)
     trained = {p for p in (learnt.params if learnt else ()) if p.requires_grad}
-    families, place, first = [], {}, 0
+    families: list[Members] = []
+    place: dict[str, tuple[int, int]] = {}
+    first = 0
     for (dtype, is_trained, _), named in family_keys(model, trained).items():
         parts = mirrors_of(named, learnt, narrowing)
         numels = [p.numel() for _, p in named]
@@ -236,4 +238,3 @@ def outline(model: nn.Module, job: FineTune, host_bytes: int, chunk_bytes: int =
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     fixed = buffers + scratch_bytes(model)
     return Outline(tuple(families), chunk_bytes or chosen, copies, fixed, place)
-

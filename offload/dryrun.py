@@ -66,14 +66,13 @@ def dry_run(draft: Draft) -> Step:
     """Run one step of a draft. Raises OffloadError for models that compute depending on data."""
     watch = _Watch(draft.model)
     try:
-        with _quietly(), draft.mode:
-            with watch.on_modules(), watch:
-                with torch.autograd.graph.saved_tensors_hooks(watch.pack, watch.unpack):
-                    loss = draft.model(**draft.inputs, **_without_cache(draft.model)).loss
-                watch.note(Event(backward=False, ends_forward=True))
-                watch.backward = True
-                loss.backward()
-                del loss
+        with _quietly(), draft.mode, watch.on_modules(), watch:
+            with torch.autograd.graph.saved_tensors_hooks(watch.pack, watch.unpack):
+                loss = draft.model(**draft.inputs, **_without_cache(draft.model)).loss
+            watch.note(Event(backward=False, ends_forward=True))
+            watch.backward = True
+            loss.backward()
+            del loss
     except (RuntimeError, TypeError, NotImplementedError) as error:
         line = (str(error).strip() or repr(error)).splitlines()[0]
         raise OffloadError(
@@ -101,7 +100,7 @@ def _without_cache(model: Any) -> dict[str, Any]:
 def _no_cache() -> Any:
     from transformers import DynamicCache
 
-    class NoCache(DynamicCache):
+    class NoCache(DynamicCache):  # type: ignore[misc]
         """Hands keys and values through."""
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
@@ -255,14 +254,18 @@ def _grouped(args: tuple[Any, ...]) -> Tensor:
 
 
 def _flops(func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> float:
+    return float(_products(func, args, kwargs, result))
+
+
+def _products(func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> Any:
     packet = func._overloadpacket
     name = func.__name__.partition(".")[0]
     if "flash_attention_for_cpu" in name:
-        q, k = (args[1:3] if name.endswith("backward") else args[:2])
+        q, k = args[1:3] if name.endswith("backward") else args[:2]
         products = 10.0 if name.endswith("backward") else 4.0
         return products * float(q.numel()) * k.shape[-2]
     if "grouped_mm" in name:  # each row meets one group
         return 2.0 * args[0].numel() * args[1].shape[-1]
     if packet in flop_registry:
-        return float(flop_registry[packet](*args, **kwargs, out_val=result))
-    return 0.0
+        return flop_registry[packet](*args, **kwargs, out_val=result)
+    return 0

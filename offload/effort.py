@@ -4,7 +4,8 @@ A small Llama, as wide as the model if that is not wide, is fine-tuned for a few
 job asks for, managed, with the same share of its state in memory and chunks of the same size. What
 its recorded moments took over what the roofline says for them is the factor of each phase: page
 faults, allocations, calls, and what transfers take from the processor. What the engine itself took
-is counted for each byte that moments need. Nothing of this is assumed for another machine.
+is counted for each byte that moments need; what whole steps took beyond the replay of their traces
+(computing takes from the disk) is one more factor. Nothing of this is assumed for other machines.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from offload.blueprint import FineTune, build, draft, optimizer_of, outline
 from offload.config import Tuning
 from offload.dryrun import dry_run
 from offload.machines import Effort, Processor
+from offload.prefetch.planner import plan
 from offload.prefetch.trace import Phase, Trace
 from offload.steps import Kind
 from offload.synthesis import Setting, synthesise
@@ -36,7 +38,8 @@ from offload.tiers.spec import GIB, MIB, Machine
 SAMPLE_PARAMETERS = 24_000_000
 WIDEST = 1024
 MOST_TOKENS = 4096  # of a step of the sample: beyond, everything grows in proportion
-STEPS = 5  # the first is recorded, the second planned anew, two of the others are timed
+ROUNDS = 3  # of recording anew: what one step takes varies by a third
+STEPS = 4  # of a round: the first is recorded, the third and the fourth are timed
 _SIDE = 1024  # of the product that is timed
 
 
@@ -71,7 +74,9 @@ def sample_for(config: Any, job: FineTune, chunk_bytes: int, share: float) -> Sa
     width = int(text.hidden_size)
     hidden = max(min(width, WIDEST) // 64 * 64, 64)
     names = ("intermediate_size", "ffn_dim", "n_inner", "d_ff")
-    inner = next((n for name in names if isinstance(n := getattr(text, name, None), int)), 4 * width)
+    inner = next(
+        (n for name in names if isinstance(n := getattr(text, name, None), int)), 4 * width
+    )
     intermediate = max(round(inner / width * hidden / 64) * 64, 64)
     layer = 4 * hidden**2 + 3 * hidden * intermediate
     layers = min(max(SAMPLE_PARAMETERS // layer, 2), int(text.num_hidden_layers), 12)
@@ -117,13 +122,29 @@ def measure(sample: Sample, folder: Path, machine: Machine) -> Processor:
     return replace(plain, effort=compare(unit, taken))
 
 
-def compare(unit: Trace, taken: Trace) -> Effort:
-    """Factors by phase of what moments took over what the roofline says, and handling a byte."""
-    expected_s, _, _ = _sums(unit)
-    work_s, handling_s, needed = _sums(taken)
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A recorded step, and how long it took over what replaying its trace says."""
+
+    trace: Trace
+    beyond: float
+
+
+def compare(unit: Trace, taken: Sequence[Taken]) -> Effort:
+    """Factors by phase of what moments took over what the roofline says, and handling a byte.
+
+    The median of the steps taken.
+    """
+    expected_s, _, needed = _sums(unit)
+    work, handling = zip(*(_sums(t.trace)[:2] for t in taken), strict=True)
+
+    def middle(found: Sequence[Mapping[Phase, float]], phase: Phase) -> float:
+        return statistics.median(f.get(phase, 0.0) for f in found)
+
     return Effort(
-        {p: work_s[p] / expected_s[p] for p in work_s if expected_s.get(p)},
-        {p: handling_s[p] / needed[p] for p in handling_s if needed[p]},
+        {p: middle(work, p) / s for p, s in expected_s.items() if s},
+        {p: middle(handling, p) / size for p, size in needed.items() if size},
+        statistics.median(t.beyond for t in taken),
     )
 
 
@@ -134,6 +155,7 @@ def as_dict(processor: Processor) -> dict[str, Any]:
         "effort": {
             "factor": {p.value: f for p, f in effort.factor.items()},
             "handling_s_per_byte": {p.value: f for p, f in effort.handling_s_per_byte.items()},
+            "beyond": effort.beyond,
         }
     }
 
@@ -141,11 +163,13 @@ def as_dict(processor: Processor) -> dict[str, Any]:
 def processor_of(found: Mapping[str, Any]) -> Processor:
     """From ``as_dict``. Raises TypeError, KeyError or ValueError for anything else."""
     effort = found["effort"]
+    factor, handling = (
+        {Phase(p): float(f) for p, f in effort[name].items()}
+        for name in ("factor", "handling_s_per_byte")
+    )
     return Processor(
         float(found["flops_per_s"]), float(found["bytes_per_s"]),
-        float(found["update_bytes_per_s"]),
-        Effort(*({Phase(p): float(f) for p, f in effort[name].items()}
-                 for name in ("factor", "handling_s_per_byte"))),
+        float(found["update_bytes_per_s"]), Effort(factor, handling, float(effort["beyond"])),
     )  # fmt: skip
 
 
@@ -159,8 +183,8 @@ def _sums(trace: Trace) -> tuple[dict[Phase, float], dict[Phase, float], dict[Ph
     return work, handling, needed
 
 
-def _run(sample: Sample, host_bytes: int, folder: Path, machine: Machine) -> Trace:
-    """The recorded step of the sample, with the times of two replayed ones."""
+def _run(sample: Sample, host_bytes: int, folder: Path, machine: Machine) -> list[Taken]:
+    """Recorded steps of the sample, each with the times of two replayed ones."""
     import offload
 
     with tempfile.TemporaryDirectory(dir=folder) as place, torch.random.fork_rng(devices=[]):
@@ -173,13 +197,20 @@ def _run(sample: Sample, host_bytes: int, folder: Path, machine: Machine) -> Tra
         )  # fmt: skip
         with offload.runtime(model) as run:
             ids = torch.randint(0, sample.vocabulary, (sample.job.batch, sample.job.sequence))
-            for _ in range(STEPS + sample.job.in_backward):
-                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            trace = run.parts.steps.tracks[Kind.TRAIN].trace
-            assert trace is not None
-            return trace
+            found: list[Taken] = []
+            for _ in range(ROUNDS):
+                for _ in range(STEPS if found else STEPS + 1):  # the very first shows what arrives
+                    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                track = run.parts.steps.tracks[Kind.TRAIN]
+                assert track.trace is not None
+                room = run.parts.engine.ledger.capacity_bytes
+                foreseen_s = plan(track.trace, machine, room).forecast.step_s
+                step_s = statistics.mean(track.replayed_s[-2:])
+                found.append(Taken(track.trace, step_s / foreseen_s))
+                run.parts.steps.forget(Kind.TRAIN)
+            return found
 
 
 def _product_rate(dtype: str) -> float:

@@ -20,7 +20,7 @@ from offload.blueprint import FineTune, Outline, draft, outline
 from offload.dryrun import Step, dry_run
 from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
 from offload.machines import Site
-from offload.prefetch.plan import Forecast
+from offload.prefetch.plan import Forecast, Plan
 from offload.prefetch.planner import DoesNotFit, plan
 from offload.prefetch.trace import Phase, Trace
 from offload.synthesis import Setting, synthesise, update_needed_bytes
@@ -35,7 +35,8 @@ _BYTES_OF = {"float32": 4, "bfloat16": 2}
 class Holding:
     """Bytes of one kind. ``size_bytes``: of its elements; ``padding_bytes``: alignment and pages.
 
-    ``device``, ``host``, ``disk``: where they are when a step begins, activations when they peak.
+    ``device``, ``host``: where they are when the backward pass is over, activations when they peak;
+    ``disk``: their homes, which hold a copy of all that may leave memory.
     """
 
     size_bytes: int
@@ -47,7 +48,7 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """``needed_bytes``: the least that works; ``peak_bytes``: what this budget would be used for."""
+    """``needed_bytes``: the least that works; ``peak_bytes``: what is held at most within it."""
 
     given_bytes: int
     needed_bytes: int
@@ -181,20 +182,19 @@ class _Question:
         whole = where.total_bytes + self.fixed_bytes + other
         spills = whole > self.budget.host_bytes
         capacity = self.budget.host_bytes - self.fixed_bytes
-        needed, forecast, start = self._least_bytes(), None, frozenset[int]()
+        needed, forecast, there = self._least_bytes(), None, frozenset[int]()
         try:
             made = plan(trace, self.site.machine, max(capacity, 0))
-            forecast, start = made.forecast, made.resident_at_start
+            forecast, there = made.forecast, resident_behind_passes(trace, made)
         except DoesNotFit as error:
             needed = max(needed, error.smallest_bytes + self.fixed_bytes)
         tiers = self._tiers(trace, needed, whole if not spills else 0, forecast)
         fits = forecast is not None and all(t.spare_bytes >= 0 for t in tiers.values())
         pace = self._pace(trace, forecast) if fits and forecast is not None else None
-        names = [k for f in where.families for k in f.kinds]
         return Answer(
             sum(sum(f.weights.layout.numels) for f in where.families),
             sum(sum(f.weights.layout.numels) for f in where.families if f.trained),
-            self._kinds(start, other, spills=spills and bool(names)), tiers, pace,
+            self._kinds(there, other, spills=spills), tiers, pace,
             where.chunk_bytes, spills, tuple(self.notes),
         )  # fmt: skip
 
@@ -248,8 +248,9 @@ class _Question:
             lanes["device to host"] = self.need.down_bytes / max(machine.d2h_bytes_per_s, 1.0)
         rest = {n: s for n, s in lanes.items() if not n.startswith("disk")}
         binding = "disk" if forecast.binding == "disk" else max(rest, key=lambda n: rest[n])
+        step_s = forecast.step_s * self.site.processor.effort.beyond
         return Pace(
-            forecast.step_s, forecast.bound_s, binding, self.job.tokens / forecast.step_s, lanes,
+            step_s, forecast.bound_s, binding, self.job.tokens / step_s, lanes,
             forecast.read_bytes, forecast.write_bytes,
         )  # fmt: skip
 
@@ -258,7 +259,9 @@ class _Question:
     def _least_bytes(self) -> int:
         """What ``offload.wrap`` refuses before anything is moved."""
         where = self.where
-        largest = max(n * f.weights.itemsize for f in where.families for n in f.weights.layout.numels)
+        largest = max(
+            n * f.weights.itemsize for f in where.families for n in f.weights.layout.numels
+        )
         least = max(largest + where.chunk_bytes, where.copies * where.chunk_bytes)
         return max(least, self.fixed_bytes)
 
@@ -282,17 +285,17 @@ class _Question:
             )
         return found
 
-    def _kinds(self, start: frozenset[int], other: int, *, spills: bool) -> dict[str, Holding]:
+    def _kinds(self, there: frozenset[int], other: int, *, spills: bool) -> dict[str, Holding]:
         found: dict[str, Holding] = {}
         for name, (size, placed) in self.where.by_kind().items():
-            at_start = sum(self._resident(name, start)) if spills else placed
-            found[name] = Holding(size, placed - size, 0, at_start, placed if spills else 0)
+            held = sum(self._resident(name, there)) if spills else placed
+            found[name] = Holding(size, placed - size, 0, held, placed if spills else 0)
         where = Holding(other, host=other)
         if self.need is not None:
-            there = self.need.activation_bytes
-            frames = self.need.peak_bytes - there - self.need.buffer_bytes
+            saved = self.need.activation_bytes
+            frames = self.need.peak_bytes - saved - self.need.buffer_bytes
             found["frames"] = Holding(frames, device=frames)
-            found["activations"] = Holding(there, device=there)
+            found["activations"] = Holding(saved, device=saved)
             found["gradients in flight"] = where
         else:
             found["activations"] = where
@@ -303,7 +306,7 @@ class _Question:
         found["keys and values"] = Holding(0)
         return found
 
-    def _resident(self, name: str, start: frozenset[int]) -> list[int]:
+    def _resident(self, name: str, there: frozenset[int]) -> list[int]:
         known = ("weights", "gradients")
         return [
             size
@@ -311,7 +314,17 @@ class _Question:
             for kind in family.kinds
             if (kind.name if kind.name in known else "optimizer") == name
             for chunk, size in enumerate(kind.chunk_bytes(), kind.first)
-            if chunk in start
+            if chunk in there
         ]
 
 
+def resident_behind_passes(trace: Trace, made: Plan) -> frozenset[int]:
+    """What the plan has in memory, or on its way there, when the backward pass is over."""
+    there = set(made.resident_at_start)
+    for moment, ops in zip(trace.moments, made.ops, strict=True):
+        there.difference_update(ops.drops)
+        if moment.phase is Phase.UPDATE:
+            break
+        there.update(ops.loads)
+        there.update(need.chunk for need in moment.needs)
+    return frozenset(there)

@@ -20,6 +20,10 @@ from offload.quantised import Quantised
 class Adapted(nn.Module):
     """A linear layer with an adapter: ``base(x) + B(A(x))``, x [..., in] -> [..., out]."""
 
+    base_layer: Any
+    lora_A: nn.Linear
+    lora_B: nn.Linear
+
     def __init__(self, base: nn.Module, shape: tuple[int, int], rank: int) -> None:
         super().__init__()
         rows, columns = shape
@@ -59,7 +63,7 @@ def add_adapters(model: nn.Module, rank: int) -> None:
         setattr(parent, name, Adapted(child, shape, rank))
 
 
-def _shape(module: nn.Module) -> tuple[int, int] | None:
+def _shape(module: Any) -> tuple[int, int] | None:
     """(out, in) of a linear layer; None for any other module."""
     if isinstance(module, Quantised):
         return module.packed.shape[0], module.columns

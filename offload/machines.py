@@ -32,12 +32,13 @@ _TOKENS = (1, 8, 32, 128, 512)
 class Effort:
     """What a step takes beyond the roofline and what the engine adds, measured on a small run.
 
-    Factors on the time of the roofline (`Processor`) by phase, and the engine's own seconds for
-    each byte of the chunks that a moment needs.
+    Factors on the time of the roofline (`Processor`) by phase; the engine's own seconds for each
+    byte of the chunks that a moment needs; and a factor on whole steps as they are replayed.
     """
 
     factor: Mapping[Phase, float] = field(default_factory=dict)
     handling_s_per_byte: Mapping[Phase, float] = field(default_factory=dict)
+    beyond: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,6 @@ def rates_of(site: Site, itemsize: int) -> Rates:
 def compute_of(processor: Processor, itemsize: int) -> Compute:
     """Seconds for each weight of a product, as `Compute` has them."""
     points = tuple(
-        (t, max(2.0 * t / processor.flops_per_s, itemsize / processor.bytes_per_s))
-        for t in _TOKENS
+        (t, max(2.0 * t / processor.flops_per_s, itemsize / processor.bytes_per_s)) for t in _TOKENS
     )
     return Compute(points, processor.bytes_per_s)

@@ -74,7 +74,8 @@ def plan(
 
     Exit status: 0 it fits, 3 it does not fit (both with the forecast), 2 it cannot be told.
     """
-    from offload.plan_finetune import DOES_NOT_FIT, FineTune, Means, forecast, show, to_json
+    from offload.blueprint import FineTune
+    from offload.plan_finetune import DOES_NOT_FIT, Means, forecast, show, to_json
     from offload.shape import read_config
 
     if task not in ("finetune", "generate"):

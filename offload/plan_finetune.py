@@ -208,7 +208,9 @@ def _advice_table(report: Report) -> Any:
     from rich.table import Table
 
     pace = report.answer.pace
-    table = Table("what would help, cheapest first", "costs", "tokens/s", "GB written a 1000 tokens")
+    table = Table(
+        "what would help, cheapest first", "costs", "tokens/s", "GB written a 1000 tokens"
+    )
     for change in report.advice:
         then = change.then
         times = f" ({then.tokens_per_s / pace.tokens_per_s:.2f} x)" if pace else ""

@@ -130,7 +130,8 @@ def quantise(
 ) -> None:  # fmt: skip
     """Change every linear layer that ``candidates`` gives into a quantised one, one at a time.
 
-    Without ``contents`` codes are left undefined: for models that have no data either. Raises OffloadError, before anything is changed, when there is none; and naming the layer for
+    Without ``contents`` codes are left undefined: for models that have no data either.
+    Raises OffloadError, before anything is changed, when there is none; and naming the layer for
     weights that cannot be quantised (those before it are changed by then).
     """
     found = candidates(model, form, optimizer)

@@ -14,7 +14,6 @@ from typing import Protocol
 from offload.blueprint import Members, Outline
 from offload.dryrun import Event, Span, Step
 from offload.prefetch.trace import Access, Moment, Need, Phase, Trace
-from offload.tiers.spec import Machine
 
 
 class Pace(Protocol):
@@ -50,7 +49,9 @@ def synthesise(step: Step, where: Outline, pace: Pace, setting: Setting) -> Trac
     writer.update()
     moments = tuple(writer.moments)
     touched = {n.chunk for m in moments for n in m.needs}
-    dead = [c for f in where.families if f.grads for c in _ids(f.grads.first, f.grads.layout.chunks)]
+    dead = [
+        c for f in where.families if f.grads for c in _ids(f.grads.first, f.grads.layout.chunks)
+    ]
     last = len(moments) - 1
     return Trace(moments, where.sizes(), {c: last for c in dead if c in touched})
 
@@ -80,9 +81,7 @@ class _Groups:
     """What an update in the backward pass still waits for, by (family, chunk)."""
 
     missing: dict[tuple[int, int], set[str]] = field(default_factory=dict)
-    of: defaultdict[str, list[tuple[int, int]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
+    of: defaultdict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
     left: dict[str, int] = field(default_factory=dict)
 
 

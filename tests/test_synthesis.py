@@ -14,7 +14,7 @@ import offload
 from offload.blueprint import FineTune, build, draft, optimizer_of, outline
 from offload.config import Tuning
 from offload.dryrun import dry_run
-from offload.prefetch.trace import Access, Phase, Trace
+from offload.prefetch.trace import Phase, Trace
 from offload.run import Runtime
 from offload.steps import Kind
 from offload.synthesis import Setting, synthesise
@@ -38,9 +38,10 @@ class Unhurried:
 
 
 def llama(**changes: Any) -> Any:
-    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128,
-             "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
-    return LlamaConfig(**sizes, **changes)
+    return LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, **changes,
+    )  # fmt: skip
 
 
 def gpt2() -> Any:
@@ -81,18 +82,18 @@ CASES = {
 }  # fmt: skip
 
 
-def real_run(config: Any, job: FineTune, folder: Path) -> Runtime:
-    """Four steps of the very job, managed, with less memory than it would like."""
+def real_run(config: Any, job: FineTune, folder: Path, host_bytes: int = 16 * MIB) -> Runtime:
+    """Five steps of the very job, managed."""
     torch.manual_seed(0)
     model = build(config, job)
     tuning = Tuning(chunk_bytes=CHUNK_BYTES, machine=MACHINE, keep_hooks=True)
     optimizer = optimizer_of(model)
     offload.wrap(
-        model, optimizer, host_memory=16 * MIB, disk=folder, tuning=tuning,
+        model, optimizer, host_memory=host_bytes, disk=folder, tuning=tuning,
         step_in_backward=job.in_backward, state_dtype=job.state_dtype,
     )  # fmt: skip
     ids = torch.randint(0, 128, (job.batch, job.sequence))
-    for _ in range(4):
+    for _ in range(5):
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -103,6 +104,20 @@ def keys(trace: Trace) -> list[Any]:
     """Moments as they can be compared: phase, chunks and how each is used."""
     return [(m.phase.value, tuple((n.chunk, n.access.value) for n in m.needs))
             for m in trace.moments]  # fmt: skip
+
+
+def placed(run: Runtime) -> dict[str, tuple[int, int]]:
+    """(bytes of elements, bytes that regions take) of each kind, as the engine has them."""
+    found = {"weights": (0, 0), "gradients": (0, 0), "optimizer": (0, 0)}
+    for family in run.parts.binding.families:
+        regions = [("weights", family.weights), ("gradients", family.grads)]
+        regions += [("optimizer", region) for region in family.states.values()]
+        for name, region in regions:
+            if region is not None:
+                sizes = (run.parts.engine.space.chunks[c].size_bytes for c in region.chunk_ids)
+                a, b = found[name]
+                found[name] = a + sum(region.layout.numels) * region.itemsize, b + sum(sizes)
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -117,4 +132,13 @@ def test_the_trace_is_that_of_a_real_step(name: str, tmp_path: Path) -> None:
     assert trace.chunk_bytes == recorded.chunk_bytes
     assert keys(trace) == keys(recorded)
     assert set(trace.dead_after) == set(recorded.dead_after)
+    assert max(m.other_bytes for m in trace.moments) == pytest.approx(
+        max(m.other_bytes for m in recorded.moments), abs=64
+    )
+    ledger = run.parts.engine.ledger
+    assert ledger.fixed_bytes == where.fixed_bytes
+    assert where.by_kind() == placed(run)
+    disk = run.parts.engine.space.disk
+    assert disk is not None
+    assert disk.used_bytes == where.total_bytes
     run.close()
