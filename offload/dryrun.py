@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Event:
 
     ``work``: (floating-point operations, bytes) of each operation that follows. ``other_bytes``:
     of saved activations and results, at most, until the next event. ``ends_forward``: a mark.
+    ``lookup``: a table, of which a processor reads a few rows where they lie; frames hold it all.
     """
 
     backward: bool
@@ -43,6 +45,7 @@ class Event:
     other_bytes: int = 0
     work: list[tuple[float, float]] = field(default_factory=list)
     ends_forward: bool = False
+    lookup: bool = False
 
 
 @dataclass(slots=True)
@@ -160,8 +163,9 @@ class _Watch(TorchDispatchMode):
         handles: list[Any] = []
         for module in self._model.modules():
             own = tuple((self._names[p], 0, p.numel()) for p in module.parameters(False))
-            if own and not isinstance(module, nn.Embedding):
-                handles.append(module.register_forward_pre_hook(lambda *_, o=own: self._enter(o)))
+            if own:
+                enter = partial(self._enter, own, isinstance(module, nn.Embedding))
+                handles.append(module.register_forward_pre_hook(enter))
         for param, name in self._names.items():
             if param.requires_grad:
                 handles.append(param.register_hook(lambda _, n=name: self._arrives(n)))
@@ -171,8 +175,8 @@ class _Watch(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, spans: tuple[Span, ...]) -> None:
-        self.note(Event(self.backward, needs=spans))
+    def _enter(self, spans: tuple[Span, ...], lookup: bool, *_: object) -> None:
+        self.note(Event(self.backward, needs=spans, lookup=lookup))
 
     def _arrives(self, name: str) -> None:
         self.note(Event(backward=True, gradient=name))

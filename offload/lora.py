@@ -1,7 +1,7 @@
 """Low-rank adapters beside frozen linear layers (Hu et al. 2021), as `peft` lays them out.
 
 For forecasts, and for runs that measure what forecasts say: each linear layer but the output head
-gets two matrices, ``lora_A`` [rank, in] and ``lora_B`` [out, rank]; nothing else is trained. As in
+gets two matrices, ``lora_a`` [rank, in] and ``lora_b`` [out, rank]; nothing else is trained. As in
 peft they are float32 where the weights are in a half type. Stacked experts are no linear layers,
 so they get none.
 """
@@ -18,19 +18,19 @@ from offload.quantised import Quantised
 
 
 class Adapted(nn.Module):
-    """A linear layer with an adapter: ``base(x) + B(A(x))``, x [..., in] -> [..., out]."""
+    """A linear layer with an adapter: ``base(x) + b(a(x))``, x [..., in] -> [..., out]."""
 
     base_layer: Any
-    lora_A: nn.Linear
-    lora_B: nn.Linear
+    lora_a: nn.Linear
+    lora_b: nn.Linear
 
     def __init__(self, base: nn.Module, shape: tuple[int, int], rank: int) -> None:
         super().__init__()
         rows, columns = shape
         self.base_layer = base
-        self.lora_A = nn.Linear(columns, rank, bias=False, dtype=torch.float32)
-        self.lora_B = nn.Linear(rank, rows, bias=False, dtype=torch.float32)
-        nn.init.zeros_(self.lora_B.weight)
+        self.lora_a = nn.Linear(columns, rank, bias=False, dtype=torch.float32)
+        self.lora_b = nn.Linear(rank, rows, bias=False, dtype=torch.float32)
+        nn.init.zeros_(self.lora_b.weight)
 
     def __getattr__(self, name: str) -> Any:
         """What models ask of a linear layer (``weight``, ``bias``) is the base's."""
@@ -41,7 +41,7 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
-        added: Tensor = self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
+        added: Tensor = self.lora_b(self.lora_a(x.to(self.lora_a.weight.dtype)))
         return y + added.to(y.dtype)
 
 

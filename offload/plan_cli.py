@@ -74,10 +74,13 @@ def plan(
 
     Exit status: 0 it fits, 3 it does not fit (both with the forecast), 2 it cannot be told.
     """
+    import transformers
+
     from offload.blueprint import FineTune
     from offload.plan_finetune import DOES_NOT_FIT, Means, forecast, show, to_json
     from offload.shape import read_config
 
+    transformers.logging.set_verbosity_error()  # our own lines say what matters
     if task not in ("finetune", "generate"):
         raise OffloadError(f"plan: no task {task!r}; there are finetune and generate")
     config = read_config(model)

@@ -12,9 +12,9 @@ from offload.advise import advise
 from offload.blueprint import FineTune, draft, outline
 from offload.config import HEADROOM_SHARE, free_memory_bytes
 from offload.forecast import Answer, Forecaster
-from offload.machines import Effort, Processor, Site, read_machine, site_of
+from offload.machines import Effort, Site, read_machine, site_of
 from offload.prefetch.advice import Change
-from offload.tiers.spec import Budget, Machine, format_size, parse_size
+from offload.tiers.spec import Budget, format_size, parse_size
 
 DOES_NOT_FIT = 3  # exit status
 _YEAR_DAYS = 365.25
@@ -122,11 +122,8 @@ def to_json(report: Report) -> str:
 def _site_as_dict(site: Site) -> dict[str, Any]:
     from offload.effort import as_dict
 
-    machine: Machine = site.machine
-    plain: Processor = replace(site.processor, effort=Effort())
-    return asdict(replace(site, machine=machine, processor=plain)) | {
-        "processor": as_dict(site.processor)
-    }
+    plain = replace(site.processor, effort=Effort())
+    return asdict(replace(site, processor=plain)) | {"processor": as_dict(site.processor)}
 
 
 def show(report: Report) -> None:

@@ -102,7 +102,7 @@ class _Writer:
             self._last = ()
         if event.gradient is not None:
             self._arrive(event)
-        elif event.needs:
+        elif event.needs and (self._setting.on_device or not event.lookup):
             self._use(event)
         phase = Phase.BACKWARD if event.backward or event.ends_forward else Phase.FORWARD
         self._see(event.other_bytes)
