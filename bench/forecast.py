@@ -25,7 +25,7 @@ import torch
 from record import append
 from transformers import LlamaConfig
 
-from offload.blueprint import FineTune, build, draft, optimizer_of, outline
+from offload.blueprint import FineTune, build, optimizer_of
 from offload.effort import as_dict, measure, sample_for
 from offload.forecast import Answer, Forecaster
 from offload.machines import Site
@@ -66,13 +66,13 @@ def foretell(name: str, disk: Path) -> tuple[Answer, Machine, dict[str, Any]]:
     _, job, size = CASES[name]
     config, host = config_of(name), parse_size(size)
     machine = probe(disk)
-    made = draft(config, job)
-    where = outline(made.model, job, host)
-    sample = sample_for(config, job, where.chunk_bytes, host / where.total_bytes)
+    forecaster = Forecaster(config)
+    share, chunk_bytes = forecaster.share(job, host)
+    sample = sample_for(config, job, chunk_bytes, share)
     processor = measure(sample, disk, machine)
     budget = Budget(host, None, 1 << 40)
     site = Site("this", machine, processor, host, None, 1 << 40)
-    return Forecaster(config).answer(job, site, budget), machine, as_dict(processor)
+    return forecaster.answer(job, site, budget), machine, as_dict(processor)
 
 
 def child(name: str, disk: str, steps: int) -> None:

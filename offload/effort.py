@@ -38,7 +38,7 @@ from offload.tiers.spec import GIB, MIB, Machine
 SAMPLE_PARAMETERS = 24_000_000
 WIDEST = 1024
 MOST_TOKENS = 4096  # of a step of the sample: beyond, everything grows in proportion
-ROUNDS = 3  # of recording anew: what one step takes varies by a third
+ROUNDS = 5  # of recording anew: what one step takes varies by a third
 STEPS = 4  # of a round: the first is recorded, the third and the fourth are timed
 _SIDE = 1024  # of the product that is timed
 
@@ -116,7 +116,7 @@ def measure(sample: Sample, folder: Path, machine: Machine) -> Processor:
     other = step.saved_bytes + max(p.nbytes for p in made.model.parameters())
     host = int(sample.share * where.total_bytes) if sample.share < 1 else where.total_bytes
     least = (2 * where.copies + 2) * sample.chunk_bytes
-    host = max(host, least) + 2 * other + where.fixed_bytes + 32 * MIB * (sample.share >= 1)
+    host = max(host, least) + other + where.fixed_bytes + 32 * MIB * (sample.share >= 1)
     taken = _run(sample, host, folder, machine)
     unit = synthesise(step, where, plain, Setting(sample.job.in_backward))
     return replace(plain, effort=compare(unit, taken))

@@ -128,9 +128,12 @@ class Forecaster:
         need = self._need(job, model, step, budget) if budget.device_bytes is not None else None
         return _Question(job, site, budget, where, step, need).answer()
 
-    def peaks(self, job: FineTune) -> tuple[Any, Step]:
-        """The model without data and the dry run of a job."""
-        return self._run(replace(job, compute_dtype=None))
+    def share(self, job: FineTune, host_bytes: int) -> tuple[float, int]:
+        """(what part of its state memory holds beside activations, bytes of a chunk)."""
+        model, step = self._run(replace(job, compute_dtype=None))
+        where = outline(model, job, host_bytes)
+        left = host_bytes - where.fixed_bytes - step.saved_bytes
+        return max(left, 0) / where.total_bytes, where.chunk_bytes
 
     def _run(self, job: FineTune) -> tuple[Any, Step]:
         key = replace(job, in_backward=False, state_dtype=None)
@@ -151,6 +154,7 @@ class Forecaster:
         last: tuple[Any, ...] = ()
         numels = {n: p.numel() for n, p in model.named_parameters()}
         for event in step.events:
+            last = () if event.ends_forward else last  # frames do not outlive a pass
             size = sum(numels[n] * itemsize[n] for n in {span[0] for span in event.needs})
             grad = numels[event.gradient] * itemsize[event.gradient] if event.gradient else 0
             if event.needs and event.needs != last:

@@ -20,7 +20,7 @@ from offload.quantised import Quantised
 class Adapted(nn.Module):
     """A linear layer with an adapter: ``base(x) + b(a(x))``, x [..., in] -> [..., out]."""
 
-    base_layer: Any
+    base_layer: Any  # a linear layer, quantised or not
     lora_a: nn.Linear
     lora_b: nn.Linear
 
@@ -45,7 +45,7 @@ class Adapted(nn.Module):
         return y + added.to(y.dtype)
 
 
-def add_adapters(model: nn.Module, rank: int) -> None:
+def add_adapters(model: Any, rank: int) -> None:
     """Freeze a model and put adapters beside its linear layers. Raises OffloadError, ValueError."""
     if rank < 1:
         raise ValueError(f"the rank of adapters must be at least 1, not {rank}")

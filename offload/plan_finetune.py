@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.advise import advise
-from offload.blueprint import FineTune, draft, outline
+from offload.blueprint import FineTune
 from offload.config import HEADROOM_SHARE, free_memory_bytes
 from offload.forecast import Answer, Forecaster
 from offload.machines import Effort, Site, read_machine, site_of
@@ -49,7 +49,7 @@ def forecast(config: Any, job: FineTune, means: Means, *, advice: bool = True) -
         site = site_of(means.machine, read_machine(means.machine), job.compute_dtype or job.dtype)
         budget = _budget(means, site)
     else:
-        site, budget = this_machine(config, job, means)
+        site, budget = this_machine(config, forecaster, job, means)
     if budget.device_bytes is None and job.compute_dtype not in (None, job.dtype):
         raise ValueError(
             "--compute-dtype is for a GPU: the forecast for a processor computes in --dtype"
@@ -59,7 +59,9 @@ def forecast(config: Any, job: FineTune, means: Means, *, advice: bool = True) -
     return Report(job, site, budget, answer, found)
 
 
-def this_machine(config: Any, job: FineTune, means: Means) -> tuple[Site, Budget]:
+def this_machine(
+    config: Any, forecaster: Forecaster, job: FineTune, means: Means
+) -> tuple[Site, Budget]:
     """This machine, measured: the disk under a folder, and a small run of the same kind."""
     from offload.effort import cached_processor, sample_for
     from offload.tiers.probe import cached_probe
@@ -68,9 +70,8 @@ def this_machine(config: Any, job: FineTune, means: Means) -> tuple[Site, Budget
     machine = cached_probe(folder)
     host = _size(means.host_memory) or int(HEADROOM_SHARE * free_memory_bytes())
     disk = _size(means.disk_memory) or int(HEADROOM_SHARE * shutil.disk_usage(folder).free)
-    made = draft(config, replace(job, batch=1, sequence=2, compute_dtype=None))
-    where = outline(made.model, job, host)
-    sample = sample_for(config, job, where.chunk_bytes, host / where.total_bytes)
+    share, chunk_bytes = forecaster.share(job, host)
+    sample = sample_for(config, job, chunk_bytes, share)
     processor = cached_processor(sample, folder, machine)
     return Site("this", machine, processor, host, None, disk), Budget(host, None, disk)
 

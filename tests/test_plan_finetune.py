@@ -156,7 +156,7 @@ ASKED = ["plan", "--task", "finetune", "--machine", "rtx4090-64gb-gen4", "--seq-
 def test_the_command_is_for_people_and_scripts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = [*ASKED, "--model", a_model(tmp_path), "--host-memory", "64MiB"]
+    asked = [*ASKED, "--model", a_model(tmp_path, num_hidden_layers=2), "--host-memory", "16MiB"]
     assert run(monkeypatch, *asked, "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert said["fits"] is True
@@ -175,7 +175,8 @@ def test_the_command_is_for_people_and_scripts(
 def test_what_does_not_fit_exits_with_3_and_says_what_would_help(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = [*ASKED, "--model", a_model(tmp_path), "--host-memory", "4MiB", "--batch-size", "2"]
+    model = a_model(tmp_path, num_hidden_layers=2)
+    asked = [*ASKED, "--model", model, "--host-memory", "1MiB", "--batch-size", "2"]
     monkeypatch.setenv("COLUMNS", "160")
     assert run(monkeypatch, *asked) == 3
     words = capsys.readouterr().out
