@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode  # there is no public way to it
 
+from offload.activations import find_units
 from offload.bind import choose_chunks, family_keys, lay_out_family, mirrors_of
 from offload.errors import OffloadError
 from offload.lora import add_adapters
@@ -218,7 +219,7 @@ def outline(model: nn.Module, job: FineTune, host_bytes: int, chunk_bytes: int =
     families: list[Members] = []
     place: dict[str, tuple[int, int]] = {}
     first = 0
-    for (dtype, is_trained, _), named in family_keys(model, trained).items():
+    for (dtype, is_trained, _), named in family_keys(model, trained, find_units(model)).items():
         parts = mirrors_of(named, learnt, narrowing)
         numels = [p.numel() for _, p in named]
         layout, mirrors = lay_out_family(numels, dtype.itemsize, parts, chunk_bytes or chosen)

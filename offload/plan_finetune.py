@@ -10,10 +10,11 @@ from typing import Any
 
 from offload.advise import advise
 from offload.blueprint import FineTune
-from offload.config import HEADROOM_SHARE, free_memory_bytes
+from offload.config import HEADROOM_SHARE
 from offload.forecast import Answer, Forecaster
 from offload.machines import Effort, Site, read_machine, site_of
 from offload.prefetch.advice import Change
+from offload.spare import free_memory_bytes
 from offload.tiers.spec import Budget, format_size, parse_size
 
 DOES_NOT_FIT = 3  # exit status
