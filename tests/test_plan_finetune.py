@@ -165,7 +165,7 @@ def test_the_command_is_for_people_and_scripts(
     assert said["written_bytes_a_day"] * said["drive_days"] == pytest.approx(1.2e15)
     assert said["advice"][0]["cost"] == "none"
     monkeypatch.setenv("COLUMNS", "160")
-    assert run(monkeypatch, *asked) == 0
+    assert run(monkeypatch, *asked, "--no-advice") == 0
     words = capsys.readouterr().out
     assert "it fits" in words
     assert "guaranteed life" in words
