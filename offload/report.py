@@ -17,8 +17,8 @@ import psutil
 import torch
 
 from offload import __version__
-from offload.prefetch.advice import Situation
 from offload.prefetch.plan import Forecast
+from offload.prefetch.variants import Situation
 from offload.record import Follower
 from offload.report_advice import Facts, verdict, ways_of
 from offload.report_files import rendered, write_text

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from offload.prefetch.advice import (
+from offload.prefetch.plan import Forecast
+from offload.prefetch.trace import Moment
+from offload.prefetch.variants import (
     WORTH_SHARE,
     Situation,
     less_memory,
@@ -14,8 +16,6 @@ from offload.prefetch.advice import (
     with_work,
     without_chunks,
 )
-from offload.prefetch.plan import Forecast
-from offload.prefetch.trace import Moment
 from offload.report_tables import GRADIENTS, OPTIMIZER, Tables
 from offload.tiers.spec import format_size
 

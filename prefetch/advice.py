@@ -1,124 +1,59 @@
-"""What a recorded step would take under other circumstances: planned anew, never run. Pure.
-
-Savings are differences between two forecasts of the same trace, so that an error that both make
-cancels. Costs a plan each: the caller asks for few of them where traces are long.
-"""
+"""Which change of a job would help most for least: a ranking of forecasts of variants. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
 
-from offload.prefetch.plan import Forecast
-from offload.prefetch.planner import DoesNotFit, plan, smallest_bytes
-from offload.prefetch.trace import Moment, Trace
-from offload.tiers.spec import Machine
-
-LONG_TRACE = 10_000  # uses of chunks: planning takes seconds from about here on
-WORTH_SHARE = 0.05  # of a step; forecasts are not better than that
+WORTH = 0.03  # of tokens a second, that a change must bring to be named
+WORTH_WEAR = 0.1  # of the bytes written, where it brings no speed
 
 
-@dataclass(frozen=True, slots=True)
-class Situation:
-    """A recorded step, where it runs, and what its chunks and other memory may take."""
+class Cost(IntEnum):
+    """What a change costs, the cheapest first."""
 
-    trace: Trace
-    machine: Machine
-    capacity_bytes: int
-
-    def forecast(self) -> Forecast | None:
-        """Of its plan; None where it does not fit."""
-        try:
-            return plan(self.trace, self.machine, self.capacity_bytes).forecast
-        except DoesNotFit:
-            return None
-
-    @property
-    def is_long(self) -> bool:
-        """Whether planning it takes seconds."""
-        return sum(len(m.needs) for m in self.trace.moments) > LONG_TRACE
-
-    @property
-    def whole_bytes(self) -> int:
-        """With so much nothing has to move."""
-        used = {n.chunk for m in self.trace.moments for n in m.needs}
-        other_bytes = max((m.other_bytes for m in self.trace.moments), default=0)
-        return sum(self.trace.chunk_bytes[c] for c in used) + other_bytes
+    NONE = 0  # the same numbers
+    NUMBERS = 1  # other numbers: narrower state or weights, another batch
+    HARDWARE = 2  # memory that has to be bought
 
 
 @dataclass(frozen=True, slots=True)
-class Saving:
-    """``change_bytes`` of capacity would change the step by so much."""
+class Outcome:
+    """A forecast in short. ``tokens_per_s`` 0 where it does not fit."""
 
-    change_bytes: int
-    step_s: float
-    saved_s: float
+    fits: bool
+    tokens_per_s: float
+    written_bytes_a_token: float
 
 
-def more_memory(now: Situation, step_s: float) -> Saving | None:
-    """The cheapest worthwhile addition to the budget; None where memory does not help.
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One variant: what would be changed, and the forecast of it."""
 
-    ``step_s``: what is predicted now. Worthwhile is what saves at least WORTH_SHARE of it; of
-    several the one that saves most for each byte.
+    what: str
+    cost: Cost
+    then: Outcome
+
+    def gain(self, now: Outcome) -> float:
+        """Times the tokens a second; infinite where only the variant fits."""
+        if not self.then.fits:
+            return 0.0
+        return self.then.tokens_per_s / now.tokens_per_s if now.fits else float("inf")
+
+
+def rank(now: Outcome, changes: Iterable[Change]) -> list[Change]:
+    """The changes that help, cheapest first, and of one cost the fastest first.
+
+    Where the job does not fit, those help with which it does; where it does, those that bring more
+    tokens a second, or as many while clearly less is written to the disk.
     """
-    whole_bytes = now.whole_bytes
-    lacking_bytes = whole_bytes - now.capacity_bytes
-    if lacking_bytes <= 0:
-        return None
-    shares = (1.0,) if now.is_long else (0.125, 0.25, 0.5, 1.0)
-    found = []
-    for share in shares:
-        change_bytes = int(lacking_bytes * share)
-        more = replace(now, capacity_bytes=now.capacity_bytes + change_bytes).forecast()
-        if more is not None and step_s - more.step_s > WORTH_SHARE * step_s:
-            found.append(Saving(change_bytes, more.step_s, step_s - more.step_s))
-    return max(found, key=lambda s: s.saved_s / s.change_bytes, default=None)
+    found = [c for c in changes if c.then.fits and (not now.fits or _helps(c, now))]
+    return sorted(found, key=lambda c: (c.cost, -c.then.tokens_per_s))
 
 
-def less_memory(now: Situation, step_s: float) -> Saving | None:
-    """The largest part of the budget that can be given up for nothing (WORTH_SHARE); None: none."""
-    least_bytes = smallest_bytes(now.trace)
-    useful_bytes = min(now.capacity_bytes, now.whole_bytes)
-    best = None
-    if useful_bytes < now.capacity_bytes:  # the rest was never used
-        best = Saving(useful_bytes - now.capacity_bytes, step_s, 0.0)
-    for share in () if now.is_long else (0.25, 0.5, 0.75):
-        capacity_bytes = useful_bytes - int((useful_bytes - least_bytes) * share)
-        less = replace(now, capacity_bytes=capacity_bytes).forecast()
-        if less is None or less.step_s > (1 + WORTH_SHARE) * step_s:
-            break
-        best = Saving(capacity_bytes - now.capacity_bytes, less.step_s, step_s - less.step_s)
-    return best
-
-
-def with_chunks(now: Situation, chunks: Iterable[int], share: float) -> Situation:
-    """These chunks take only this share of their bytes."""
-    chosen = frozenset(chunks)
-    sizes = tuple(
-        max(int(b * share), 1) if c in chosen else b for c, b in enumerate(now.trace.chunk_bytes)
-    )
-    return replace(now, trace=replace(now.trace, chunk_bytes=sizes))
-
-
-def without_chunks(now: Situation, chunks: Iterable[int]) -> Situation:
-    """These chunks are never needed."""
-    chosen = frozenset(chunks)
-    moments = tuple(
-        replace(m, needs=tuple(n for n in m.needs if n.chunk not in chosen))
-        for m in now.trace.moments
-    )
-    dead = {c: at for c, at in now.trace.dead_after.items() if c not in chosen}
-    return replace(now, trace=replace(now.trace, moments=moments, dead_after=dead))
-
-
-def with_work(now: Situation, times: float, which: Callable[[Moment], bool]) -> Situation:
-    """The moments of this kind compute so many times as long."""
-    moments = tuple(
-        replace(m, compute_s=m.compute_s * times) if which(m) else m for m in now.trace.moments
-    )
-    return replace(now, trace=replace(now.trace, moments=moments))
-
-
-def fastest(savings: Sequence[tuple[str, float]], step_s: float) -> list[tuple[str, float]]:
-    """Those worth saying, in the order given."""
-    return [(text, saved_s) for text, saved_s in savings if saved_s > WORTH_SHARE * step_s]
+def _helps(change: Change, now: Outcome) -> bool:
+    gain = change.gain(now)
+    wear = now.written_bytes_a_token
+    spared = wear > 0 and change.then.written_bytes_a_token < (1 - WORTH_WEAR) * wear
+    return gain > 1 + WORTH or (spared and gain > 1 - WORTH)

@@ -83,7 +83,7 @@ def test_the_command_can_be_read_by_programs_and_people(
 
 
 REFUSED = [
-    (["--task", "finetune"], "not there yet"),
+    (["--task", "sleep"], "no task"),
     (["--host-memory", "1MiB"], "--host-memory (at least"),
     (["--weight-dtype", "int3"], "give one of"),
     (["--machine", "none.json"], "no rates in"),
