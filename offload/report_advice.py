@@ -89,7 +89,7 @@ def _text(facts: Facts, binding: str, bound_s: float | None, ratio: float | None
     waits_s = sum(facts.stalls_s.values())
     return (
         f"{binding} binds: a step takes {facts.step_s:.3g} s, {ratio:.2f} x its bound of "
-        f"{bound_s:.3g} s; {waits_s:.3g} s of it the loop does not compute"
+        f"{bound_s:.3g} s; it waits {waits_s:.3g} s of that"
     )
 
 
