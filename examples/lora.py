@@ -1,7 +1,6 @@
 """LoRA (peft) over a frozen base that is larger than the budget: the base is read, never written.
 
-python examples/lora.py                       # a small Llama made here; seconds on a CPU
-python examples/lora.py --plain               # the same loop without offload: the same losses
+python examples/lora.py                # a small Llama made here; --plain: without offload
 python examples/lora.py --model DIR --host-memory 8GiB --disk /scratch
 """
 
@@ -30,24 +29,25 @@ def main(argv: list[str] | None = None) -> tuple[list[float], dict]:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--plain", action="store_true", help="without offload")
     args = parser.parse_args(argv)
-
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        base = LlamaForCausalLM.from_pretrained(args.model) if args.model else small_model()
+        budgets = {"host_memory": args.host_memory, "disk": args.disk or scratch}
+        if args.plain or not args.model:
+            base = LlamaForCausalLM.from_pretrained(args.model) if args.model else small_model()
+        else:  # never whole in memory; wrap() then keeps these budgets
+            base, budgets = offload.from_pretrained(args.model, **budgets), {}
         model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
-        adapters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(adapters, lr=1e-2, fused=True)
+        trained = (p for p in model.parameters() if p.requires_grad)
+        optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=True)
         if not args.plain:
-            budgets = {"host_memory": args.host_memory, "disk": args.disk or scratch}
             offload.wrap(model, optimizer, **budgets)
-        tokens = torch.randint(0, 1000, (1, 32))  # one batch, learnt by heart
-        losses = []
+        tokens, losses = torch.randint(0, 1000, (1, 32)), []  # one batch, learnt by heart
         for _ in range(args.steps):
             loss = model(input_ids=tokens, labels=tokens).loss
+            losses.append(loss.item())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
         if args.plain:
             return losses, {}
         with offload.runtime(model) as run:

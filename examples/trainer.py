@@ -1,7 +1,6 @@
 """transformers.Trainer with a model and an optimizer that offload manages. Needs accelerate.
 
-python examples/trainer.py                    # a small Llama made here; seconds on a CPU
-python examples/trainer.py --plain            # the same run without offload: the same losses
+python examples/trainer.py             # a small Llama made here; --plain: without offload
 python examples/trainer.py --model DIR --host-memory 8GiB --disk /scratch
 """
 
@@ -29,14 +28,15 @@ def main(argv: list[str] | None = None) -> tuple[list[float], dict]:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--plain", action="store_true", help="without offload")
     args = parser.parse_args(argv)
-
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as scratch:
-        load = LlamaForCausalLM.from_pretrained
-        model = load(args.model) if args.model else small_model()
+        budgets = {"host_memory": args.host_memory, "disk": args.disk or scratch}
+        if args.plain or not args.model:
+            model = LlamaForCausalLM.from_pretrained(args.model) if args.model else small_model()
+        else:  # never whole in memory; wrap() then keeps these budgets
+            model, budgets = offload.from_pretrained(args.model, **budgets), {}
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         if not args.plain:
-            budgets = {"host_memory": args.host_memory, "disk": args.disk or scratch}
             offload.wrap(model, optimizer, **budgets)
         rows = torch.randint(0, 1000, (4, 32))
         data = [{"input_ids": row, "labels": row} for row in rows] * 2 * args.steps

@@ -103,6 +103,19 @@ def test_full_disk_at_wrap_is_refused_before_anything_moves(twins: Twins, tmp_pa
     life.steps(1)
 
 
+def test_budgets_are_not_given_twice(tmp_path: Path) -> None:
+    made = offload.init(lambda: nn.Linear(64, 64), host_memory="1MiB", disk=tmp_path)
+    optimizer = torch.optim.AdamW(made.parameters())
+    with pytest.raises(OffloadError, match=r"leave host_memory, disk out of wrap\(\)"):
+        offload.wrap(made, optimizer, host_memory="2MiB", disk=tmp_path)
+    around = nn.Sequential(made)
+    offload.wrap(around, optimizer)  # taken over, with what was put around it
+    assert offload.runtime(around).stats()["tiers"]["host"]["budget_bytes"] == 1 << 20
+    with pytest.raises(OffloadError, match="managed already"):
+        offload.wrap(nn.Sequential(around), optimizer)
+    offload.runtime(around).close()
+
+
 def refused(
     zoo: Zoo, manage: Manager, kind: tuple[str, str], host_bytes: int
 ) -> BudgetError | None:
