@@ -109,7 +109,7 @@ def wrap(
     "swap" (to disk), or "auto", which keeps them where they fit and otherwise chooses per block
     from the recorded step. Same bits in all four.
     ``weight_dtype="int4"`` or ``"int8"`` stores the weights of linear layers that the optimizer
-    does not train in 4.5 or 9 bits each, for good: see ``offload.quantised``. Other numbers than
+    does not train in 4.5 or 8.5 bits each, for good: see ``offload.quantised``. Other numbers than
     without, the same for every budget and tier.
 
     Raises BudgetError (before anything is moved) when the budgets are too small,
