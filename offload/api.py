@@ -73,10 +73,10 @@ class _Handle:
 
 def runtime(model: nn.Module) -> Runtime:
     """The run that manages this model. Raises OffloadError when none does."""
-    handle = model.__dict__.get("_offload")
-    if not isinstance(handle, _Handle) or handle.runtime is None:
+    run = _run_of(model)
+    if run is None:
         raise OffloadError("this model is not managed: call offload.wrap(model, optimizer) first")
-    return handle.runtime
+    return run
 
 
 def wrap(
@@ -117,13 +117,15 @@ def wrap(
     "swap" (to disk), or "auto", which keeps them where they fit and otherwise chooses per block
     from the recorded step. Same bits in all four.
     ``weight_dtype="int4"`` or ``"int8"`` stores the weights of linear layers that the optimizer
-    does not train in 4.5 or 9 bits each, for good: see ``offload.quantised``. Other numbers than
+    does not train in 4.5 or 8.5 bits each, for good: see ``offload.quantised``. Other numbers than
     without, the same for every budget and tier.
 
     Raises BudgetError (before anything is moved) when the budgets are too small,
     CoupledOptimizerError for optimizers that mix parameters, SpillError when the disk is full.
     """
-    given = _taken_over(model, optimizer)
+    told = {"device": device, "device_memory": device_memory, "compute_dtype": compute_dtype,
+            "host_memory": host_memory, "disk": disk, "disk_memory": disk_memory}  # fmt: skip
+    given = _taken_over(model, optimizer, [n for n, value in told.items() if value is not None])
     if given is None:
         given = understand(host_memory, disk, disk_memory, device_memory)
         given = with_place(given, choose(model, device, compute_dtype, tuning or Tuning()))
@@ -224,18 +226,34 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _taken_over(model: nn.Module, optimizer: Optimizer | None) -> Given | None:
-    """End a run that has no optimizer yet, so that one with an optimizer takes its place."""
-    handle = model.__dict__.get("_offload")
-    if not isinstance(handle, _Handle) or handle.runtime is None:
-        return None  # never managed, or a copy of a managed model
-    before = runtime(model)
-    if before.optimizer is not None or optimizer is None:
-        raise OffloadError("this model is managed already: offload.runtime(model).close() first")
+def _taken_over(model: nn.Module, optimizer: Optimizer | None, told: list[str]) -> Given | None:
+    """End a run that has no optimizer yet, so that one with an optimizer takes its place.
+
+    Adapters may have been put around the model that is managed, as peft does.
+    """
+    runs = [run for part in model.modules() if (run := _run_of(part)) is not None]
+    if not runs:
+        return None
+    before = runs[0]
+    again = optimizer is None and before.model is model
+    if len(runs) > 1 or before.optimizer is not None or again:
+        raise OffloadError(
+            "this model, or one within it, is managed already: offload.runtime(model).close() first"
+        )
+    if told:
+        raise OffloadError(
+            f"this model keeps the budgets that it was made with: leave {', '.join(told)} out of "
+            "wrap(); offload.init() and offload.from_pretrained() take them"
+        )
     before.parts.engine.evict_all()
-    given = before.given
     before.close()
-    return given
+    return before.given
+
+
+def _run_of(model: nn.Module) -> Runtime | None:
+    """The run that manages this very module; a copy of a managed model has none."""
+    handle = model.__dict__.get("_offload")
+    return handle.runtime if isinstance(handle, _Handle) else None
 
 
 def _quantise_in_place(
