@@ -14,7 +14,15 @@ from torch.optim import Optimizer
 
 from offload.activations import Means
 from offload.attach import How, attach
-from offload.bind import Binding, Family, build_family, family_keys, refuse_odd_parameters
+from offload.bind import (
+    Binding,
+    Family,
+    build_family,
+    choose_chunks,
+    family_keys,
+    mirrors_of,
+    refuse_odd_parameters,
+)
 from offload.config import Given, Size, Tuning, understand, with_activations
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError, SpillError
@@ -275,10 +283,8 @@ def _build(
 ) -> Parts:
     """Homes for everything, with the weights moved in."""
     trained = {p for p in learnt.params if p.requires_grad} if learnt is not None else set()
-    copies = 2 + max((narrowing.copies(learnt, p) for p in trained), default=0)
-    # Without an update, moments need whole weights: finer chunks round these up by less.
-    share = given.budget.host_bytes // (1 if learnt is not None else 2)
-    chunk_bytes = tuning.chunk_bytes or choose_chunk_bytes(share, copies)
+    chunk_bytes, copies = choose_chunks(given.budget.host_bytes, learnt, narrowing)
+    chunk_bytes = tuning.chunk_bytes or chunk_bytes
     sizes = ((p.numel() * p.element_size(), n) for n, p in model.named_parameters())
     refuse_without_room(sizes, given, chunk_bytes, copies)
     pool = FramePool(poison=tuning.poison)
@@ -292,7 +298,7 @@ def _build(
                 space,
                 named,
                 is_trained,
-                {k: v for _, p in named for k, v in narrowing.mirrors(learnt, p).items()},
+                mirrors_of(named, learnt, narrowing),
                 chunk_bytes,
             )
             for (_, is_trained, _), named in family_keys(model, trained).items()

@@ -12,7 +12,8 @@ from pathlib import Path
 from offload import __version__
 from offload.interrupt import Interrupt
 from offload.metrics import MetricsLog, StepReport
-from offload.progress import JsonProgress, duration, step_line
+from offload.progress import JsonProgress, step_line
+from offload.remaining import Left, RowsLeft, StepsLeft, duration
 
 
 def test_metrics_log_keeps_only_earlier_steps(tmp_path: Path) -> None:
@@ -32,7 +33,7 @@ def test_step_line_shows_what_matters() -> None:
     report = StepReport(
         9, 2.5, 1e-3, 1000, 2.0, bound_s=1.6, eval_loss=2.75, tier_bytes={"disk": 3 << 30}
     )
-    line = step_line(report, 40, 62.0)
+    line = step_line(report, 40, Left(62.0, True))
     for part in ("9/40", "2.5000", "2.7500", "500 tok/s", "1.25 x bound", "3.00 GiB", "1:02"):
         assert part in line
     assert duration(3723) == "1:02:03"
