@@ -25,9 +25,9 @@ def plan(
     task: Annotated[str, Option(help="generate")] = "generate",
     disk: Annotated[str, Option(help="Directory on the disk that would be used.")] = ".",
     disk_memory: Annotated[str | None, Option(help="Disk budget, e.g. 200GiB.")] = None,
-    prompts: Annotated[int, Option(help="How many prompts there are.")] = 1,
+    prompts: Annotated[int, Option("--prompt-count", help="How many prompts there are.")] = 1,
     prompt_tokens: Annotated[int, Option(help="Tokens of each.")] = 64,
-    new_tokens: Annotated[int, Option(help="Tokens to add to each.")] = 64,
+    new_tokens: Annotated[int, Option("--max-new-tokens", help="Tokens to add to each.")] = 64,
     weight_dtype: Annotated[
         str | None, Option(help="int4, int8 or a floating type; without: the model's own.")
     ] = None,
