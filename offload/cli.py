@@ -44,7 +44,7 @@ app.command(epilog=finetune_cli.EPILOG)(finetune_cli.finetune)
 app.command(epilog=generate_cli.EPILOG)(generate_cli.generate)
 app.command(
     epilog=epilog(
-        "offload plan --model DIR --host-memory 24GiB --disk /scratch --prompts 32",
+        "offload plan --model DIR --host-memory 24GiB --disk /scratch --prompt-count 32",
         "offload plan --model DIR --host-memory 24GiB --weight-dtype int4 --json",
     )
 )(plan)

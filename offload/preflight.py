@@ -135,10 +135,8 @@ def check_spill_directory(memory: MemoryConfig, *, dry: bool = False) -> None:
         ) from error
     if memory.disk_memory is None:
         return
-    wanted_bytes, free_bytes = (
-        parse_size(memory.disk_memory),
-        shutil.disk_usage(nearest(place)).free,
-    )
+    wanted_bytes = parse_size(memory.disk_memory)
+    free_bytes = shutil.disk_usage(nearest(place)).free
     if wanted_bytes > free_bytes:
         raise InputError(
             f"--disk-memory is {format_size(wanted_bytes)}, but {place} has "

@@ -98,10 +98,8 @@ class PlainProgress:
         self._left = StepsLeft(last_step)
 
     def step(self, report: StepReport) -> None:
-        last_step = self._left.last_step
-        self.note(
-            step_line(report, last_step, left_after(self._left, report), verbose=self._verbose)
-        )
+        left = left_after(self._left, report)
+        self.note(step_line(report, self._left.last_step, left, verbose=self._verbose))
 
     def show(self, view: View) -> None:
         self.note(view.line)
@@ -203,7 +201,7 @@ class LiveProgress:
         if self._eval_loss is not None:
             loss += f"  (held out {self._eval_loss:.4f})"
         holds = (("holds", tiers_text(report)),) if report.tier_bytes else ()
-        norm = ()
+        norm: tuple[tuple[str, ...], ...] = ()
         if self._verbose and report.grad_norm is not None:
             norm = (("norm", f"{report.grad_norm:.3f}"),)
         return (

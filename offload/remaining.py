@@ -15,7 +15,7 @@ WINDOW = 20  # steps that are looked back on
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """``seconds`` that are left; ``steady``: told from steps as those to come, not from the first."""
+    """``seconds`` are left; ``steady``: told from steps like those to come, not the first ones."""
 
     seconds: float
     steady: bool

@@ -1,4 +1,4 @@
-"""The configuration of one fine-tuning run: frozen dataclasses, YAML in and out (see settings.py)."""
+"""The configuration of one fine-tuning run: frozen dataclasses. For YAML see settings.py."""
 
 from __future__ import annotations
 

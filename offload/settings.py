@@ -1,9 +1,9 @@
-"""Settings as frozen dataclasses, one level of sections deep: from YAML and flags, and back to YAML.
+"""Settings as frozen dataclasses with one level of sections: from YAML and flags, and to YAML.
 
-One rule, for every command: what a flag says, else what the ``--config`` file says, else the default.
-Every value has a key path (``optimizer.lr``) that errors name; its flag is the path's last part
-(``--lr``). Sizes stay as the user wrote them (``"8GiB"`` or bytes), so that the YAML written beside a
-run reads like the command.
+One rule for every command: what a flag says, else what the ``--config`` file says, else the
+default. Every value has a key path (``optimizer.lr``) that errors name; its flag is the path's last
+part (``--lr``). Sizes stay as the user wrote them (``"8GiB"`` or bytes), so that the YAML written
+beside a run reads like the command.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether something could be written in a folder, by trying or, where nothing may change, by looking."""
+"""Whether a folder can be written in: by trying or, where nothing may change, by looking."""
 
 from __future__ import annotations
 
