@@ -70,8 +70,11 @@ def voice(context: typer.Context, *, as_json: bool, verbose: bool, quiet: bool) 
 
 def flags_given(context: typer.Context, flags: Mapping[str, str]) -> dict[str, Any]:
     """``{key path: value}`` of the flags on the command line. ``flags``: their key paths."""
-    params = context.params
-    return {flags[name]: v for name, v in params.items() if name in flags and v not in (None, [])}
+    return {
+        flags[name]: value
+        for name, value in context.params.items()
+        if name in flags and value not in (None, [], ())
+    }
 
 
 def file_values(config_file: str | None, owner: type) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def end_with(app: typer.Typer) -> None:
     """Run the app: what users can mend is one line on stderr and exit status 2."""
     told = Told()
     try:
-        app(standalone_mode=True, obj=told)
+        app(standalone_mode=True, prog_name="offload", obj=told)
     except (OffloadError, ValueError, OSError) as error:
         if told.verbose:
             traceback.print_exc()

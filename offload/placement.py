@@ -34,12 +34,16 @@ from offload.writable import nearest
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One kind of state: ``payload_bytes`` of elements, ``placed_bytes`` with what chunks pad."""
+    """One kind of state: ``payload_bytes`` of elements, ``placed_bytes`` with what chunks pad.
+
+    ``chunk_bytes``: of the largest chunk.
+    """
 
     name: str
-    payload_bytes: int
-    placed_bytes: int
-    chunks: int
+    payload_bytes: int = 0
+    placed_bytes: int = 0
+    chunks: int = 0
+    chunk_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,6 @@ class Placement:
     """
 
     parts: tuple[Part, ...]
-    chunk_bytes: int
     host_bytes: int
     fixed_bytes: int
     disk: str | None
@@ -59,6 +62,11 @@ class Placement:
     def total_bytes(self) -> int:
         """Of all chunks."""
         return sum(part.placed_bytes for part in self.parts)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of the largest chunk."""
+        return max((part.chunk_bytes for part in self.parts), default=0)
 
     @property
     def most_host_bytes(self) -> int:
@@ -73,6 +81,7 @@ class Placement:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self) | {
+            "chunk_bytes": self.chunk_bytes,
             "spill_bytes": self.total_bytes if self.disk else 0,
             "most_host_bytes": self.most_host_bytes,
             "least_disk_bytes": self.least_disk_bytes,
@@ -86,7 +95,10 @@ class Placement:
                 f"{part.name:18}{format_size(part.payload_bytes):>12}"
                 f"{format_size(part.placed_bytes):>14}{part.chunks:>8,}"
             )
-        yield f"chunks of {format_size(self.chunk_bytes)}, {format_size(self.total_bytes)} in all"
+        yield (
+            f"chunks of at most {format_size(self.chunk_bytes)}, "
+            f"{format_size(self.total_bytes)} in all"
+        )
         yield (
             f"host: budget {format_size(self.host_bytes)}, {format_size(self.fixed_bytes)} of it "
             f"fixed; at most {format_size(self.most_host_bytes)} of chunks, less what "
@@ -138,7 +150,7 @@ def place(
     if given.disk:
         fixed_bytes += kept_bytes_for(host_bytes) - FREE_KEPT_BYTES
     disk = str(given.disk) if given.disk else None
-    return Placement(parts, chunk_bytes, host_bytes, fixed_bytes, disk)
+    return Placement(parts, host_bytes, fixed_bytes, disk)
 
 
 def _parts(
@@ -158,16 +170,19 @@ def _parts(
 
 def _part(name: str, layout: Layout, itemsize: int) -> Part:
     payload = sum(layout.numels) * itemsize
-    return Part(name, payload, layout.total_elements * itemsize, layout.chunks)
+    chunk_bytes = min(layout.chunk_elements, layout.total_elements) * itemsize
+    placed_bytes = layout.total_elements * itemsize
+    return Part(name, payload, placed_bytes, layout.chunks, chunk_bytes)
 
 
 def _merged(parts: Iterator[Part]) -> tuple[Part, ...]:
     found: dict[str, Part] = {}
     for part in parts:
-        old = found.get(part.name, Part(part.name, 0, 0, 0))
+        old = found.get(part.name, Part(part.name))
         found[part.name] = Part(
             part.name, old.payload_bytes + part.payload_bytes,
             old.placed_bytes + part.placed_bytes, old.chunks + part.chunks,
+            max(old.chunk_bytes, part.chunk_bytes),
         )  # fmt: skip
     return tuple(found.values())
 

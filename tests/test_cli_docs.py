@@ -6,11 +6,11 @@ import re
 import runpy
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
-from offload import finetune_cli, generate_cli
+from offload import cli, finetune_cli, generate_cli
 from offload.command import EXIT_CODES
 from offload.generateconfig import GenerateConfig
 from offload.runconfig import RunConfig
@@ -60,10 +60,14 @@ def test_help_has_examples_and_exit_statuses_and_docs_the_examples(name: str) ->
 def test_one_name_means_one_thing_in_every_command() -> None:
     """Of the same type, and where settings hold it in the same key (tests/test_runconfig.py)."""
     kinds: dict[str, set[str]] = {}
-    for command in COMMANDS.values():
-        for param in command.params:
+    for info in cli.app.registered_commands:
+        assert info.callback is not None
+        hints = get_type_hints(info.callback)
+        for param in COMMANDS[info.name or info.callback.__name__].params:
             for flag in param.opts:
-                kinds.setdefault(flag, set()).add(param.type.name)
+                kind = str(hints[param.name]).removesuffix(" | None")
+                kinds.setdefault(flag, set()).add(kind.removeprefix("<class '").removesuffix("'>"))
+    assert kinds["--seed"] == {"int"}
     assert {flag: found for flag, found in kinds.items() if len(found) > 1} == {}
 
 
