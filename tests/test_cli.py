@@ -1,4 +1,4 @@
-"""The frame of the command line: settings from YAML and flags, dry runs, what is said, completion."""
+"""The frame of the command line: YAML and flags, dry runs, what is said, completion."""
 
 from __future__ import annotations
 
