@@ -128,7 +128,7 @@ def finetune(
     """
     observer = observer or PlainProgress()
     job = prepare(config, resume=resume)
-    observer.note(_describe(job))
+    observer.note(describe(job))
     session = _build(job, engine or OffloadEngine())
     try:
         if resume:
@@ -151,7 +151,8 @@ def lr_factor(step: int, warmup: int, steps: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _describe(job: Job) -> str:
+def describe(job: Job) -> str:
+    """The run in one line."""
     held_out = f", {len(job.held_out):,} held out" if len(job.held_out) else ""
     return (
         f"{job.config.model}: {len(job.train):,} sequences of "
@@ -181,8 +182,10 @@ def _checkpoint_activations(model: Any) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def make_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, biases and norms do not."""
+def make_optimizer(
+    model: torch.nn.Module, config: RunConfig, *, fused: bool = True
+) -> torch.optim.AdamW:
+    """AdamW; matrices decay, biases and norms do not. ``fused``: not for models without data."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {
@@ -192,7 +195,7 @@ def make_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Ada
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     used = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(used, lr=config.optimizer.lr, fused=True)
+    return torch.optim.AdamW(used, lr=config.optimizer.lr, fused=fused)
 
 
 def _train(session: _Session, observer: Observer) -> Outcome:
@@ -249,6 +252,7 @@ def _step(session: _Session) -> StepReport:
         grad_norm=stats.get("grad_norm"),
         eval_loss=_evaluate(session) if _eval_is_due(session) else None,
         tier_bytes={tier: held["used_bytes"] for tier, held in stats.get("tiers", {}).items()},
+        steady=stats.get("step_s") is not None,
     )
 
 
@@ -351,7 +355,7 @@ def _restore(session: _Session, observer: Observer) -> None:
             extra = session.runtime.load(path, session.scheduler)
         except CheckpointError as error:
             damaged.append(error)
-            observer.note(f"warning: skipped checkpoint {path.name}: {error}")
+            observer.warn(f"skipped checkpoint {path.name}: {error}")
             continue
         _check_identity(path, extra["identity"], _identity(session.job))
         session.step = int(extra["step"])

@@ -59,9 +59,11 @@ def plan(
     advice: Annotated[
         bool, Option("--advice/--no-advice", help="Say which changes would help.")
     ] = True,
-    prompts: Annotated[int, Option(help="Generation: how many prompts there are.")] = 1,
+    prompts: Annotated[
+        int, Option("--prompt-count", help="Generation: how many prompts there are.")
+    ] = 1,
     prompt_tokens: Annotated[int, Option(help="Tokens of each.")] = 64,
-    new_tokens: Annotated[int, Option(help="Tokens to add to each.")] = 64,
+    new_tokens: Annotated[int, Option("--max-new-tokens", help="Tokens to add to each.")] = 64,
     weight_dtype: Annotated[
         str | None, Option(help="int4, int8 or a floating type; without: the model's own.")
     ] = None,

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload.runconfig import InputError, RunConfig, to_yaml
+from offload.runconfig import InputError, RunConfig
+from offload.settings import to_yaml
+from offload.writable import check_writable
 
 KEPT_CHECKPOINTS = 2
 _STEP_NAME = re.compile(r"step-(\d+)")
@@ -58,16 +60,13 @@ class RunDirectory:
         for path in self.checkpoints()[KEPT_CHECKPOINTS:]:
             shutil.rmtree(path)
 
-    def open(self, *, resume: bool) -> None:
-        """Make the directory and try to write in it.
+    def open(self, *, resume: bool, dry: bool = False) -> None:
+        """Make the directory and try to write in it; ``dry``: only look whether that would work.
 
         Raises InputError if it cannot be written, or holds another run and ``resume`` is false.
         """
-        probe = self.root / ".writable"
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
+            check_writable(self.root, dry=dry)
         except OSError as error:
             raise InputError(
                 f"cannot write in {self.root}: {error.strerror}; choose another --output"
