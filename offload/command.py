@@ -22,6 +22,7 @@ EXIT_CODES = {
     0: "done",
     1: "an error in offload itself, with its traceback",
     2: "what was asked for cannot work: input, budgets, a full disk; one line on stderr says why",
+    3: "offload plan: the job does not fit",
     130: "stopped by Ctrl-C: after the step, or at once by the second",
     143: "stopped by SIGTERM, in the same way",
 }
