@@ -25,8 +25,9 @@ from offload.bind import (
 )
 from offload.config import Given, Size, Tuning, understand, with_activations
 from offload.engine import Engine
-from offload.errors import BudgetError, OffloadError, SpillError
+from offload.errors import BudgetError, SpillError
 from offload.groupwise import format_of
+from offload.handle import Handle, taken_over
 from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
 from offload.homing import adopt_parameter
 from offload.ledger import Ledger
@@ -56,27 +57,6 @@ from offload.tiers.spec import Machine, format_size
 
 M = TypeVar("M", bound=nn.Module)
 DISK_WORKERS = 2  # per direction: one transfer saturates the disk, a second hides the hand-over
-
-
-class _Handle:
-    """Ties a runtime to its model; a copy of the model does not carry it."""
-
-    def __init__(self, runtime: Runtime | None = None) -> None:
-        self.runtime = runtime
-
-    def __deepcopy__(self, memo: object) -> _Handle:
-        return _Handle()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Handle, ()
-
-
-def runtime(model: nn.Module) -> Runtime:
-    """The run that manages this model. Raises OffloadError when none does."""
-    run = _run_of(model)
-    if run is None:
-        raise OffloadError("this model is not managed: call offload.wrap(model, optimizer) first")
-    return run
 
 
 def wrap(
@@ -125,7 +105,7 @@ def wrap(
     """
     told = {"device": device, "device_memory": device_memory, "compute_dtype": compute_dtype,
             "host_memory": host_memory, "disk": disk, "disk_memory": disk_memory}  # fmt: skip
-    given = _taken_over(model, optimizer, [n for n, value in told.items() if value is not None])
+    given = taken_over(model, optimizer, [n for n, value in told.items() if value is not None])
     if given is None:
         given = understand(host_memory, disk, disk_memory, device_memory)
         given = with_place(given, choose(model, device, compute_dtype, tuning or Tuning()))
@@ -226,36 +206,6 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _taken_over(model: nn.Module, optimizer: Optimizer | None, told: list[str]) -> Given | None:
-    """End a run that has no optimizer yet, so that one with an optimizer takes its place.
-
-    Adapters may have been put around the model that is managed, as peft does.
-    """
-    runs = [run for part in model.modules() if (run := _run_of(part)) is not None]
-    if not runs:
-        return None
-    before = runs[0]
-    again = optimizer is None and before.model is model
-    if len(runs) > 1 or before.optimizer is not None or again:
-        raise OffloadError(
-            "this model, or one within it, is managed already: offload.runtime(model).close() first"
-        )
-    if told:
-        raise OffloadError(
-            f"this model keeps the budgets that it was made with: leave {', '.join(told)} out of "
-            "wrap(); offload.init() and offload.from_pretrained() take them"
-        )
-    before.parts.engine.evict_all()
-    before.close()
-    return before.given
-
-
-def _run_of(model: nn.Module) -> Runtime | None:
-    """The run that manages this very module; a copy of a managed model has none."""
-    handle = model.__dict__.get("_offload")
-    return handle.runtime if isinstance(handle, _Handle) else None
-
-
 def _quantise_in_place(
     model: nn.Module, optimizer: Optimizer | None, given: Given, weight_dtype: str | None
 ) -> None:
@@ -289,7 +239,7 @@ def _manage(
     run = Runtime(model, optimizer, parts, given)
     parts.means = _means(given, parts.engine, tuning)
     attach(run, learnt, narrowing, how, _say)
-    model.__dict__["_offload"] = _Handle(run)
+    model.__dict__["_offload"] = Handle(run)
 
 
 def _build(

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from offload.api import from_pretrained, runtime
+from offload.api import from_pretrained
 from offload.block import Block, BlockStep, Row
 from offload.blockcaches import KVAsked
 from offload.blockroom import positions_of
 from offload.config import Tuning
 from offload.generateconfig import GenerateConfig
+from offload.handle import runtime
 from offload.interrupt import Interrupt
 from offload.places import BlockPlan
 from offload.preflight import check_spill_directory, load_tokenizer, read_model_config
