@@ -52,7 +52,7 @@ app.command(
 )(plan)
 app.command(epilog=probe_cli.EPILOG)(probe_cli.probe)
 app.command(
-    epilog=epilog("offload report runs/mine", "offload report runs/a runs/b --out compared.html")
+    epilog=epilog("offload report runs/mine", "offload report runs/a runs/b --output compared.html")
 )(report)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from typer import Option
 
+from offload import options
+from offload.command import quiet_transformers, voice
 from offload.errors import BudgetError, OffloadError
 from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
 from offload.machines import DTYPES, rates_of, read_machine, site_of
@@ -26,7 +28,16 @@ if TYPE_CHECKING:
     from offload.plan_finetune import Means
 
 
+class Found(NamedTuple):
+    """What the search chose, of what, for which rates."""
+
+    policy: Policy
+    shape: Shape
+    rates: Rates
+
+
 def plan(
+    context: typer.Context,
     model: Annotated[str, Option(help="Directory, config.json or hub name; no weights are read.")],
     host_memory: Annotated[
         str | None, Option(help="RAM budget, e.g. 24GiB; without: the machine's.")
@@ -70,26 +81,31 @@ def plan(
     kv_tiers: Annotated[
         bool, Option("--kv-tiers", help="Keys and values may go to disk (runtime.kv_cache).")
     ] = False,
-    as_json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Say what a task would need and take on a machine, before anything is allocated.
 
     Exit status: 0 it fits, 3 it does not fit (both with the forecast), 2 it cannot be told.
     """
-    import transformers
-
     from offload.blueprint import FineTune
     from offload.plan_finetune import DOES_NOT_FIT, Means, forecast, show, to_json
     from offload.shape import read_config
 
-    transformers.logging.set_verbosity_error()  # our own lines say what matters
+    voice(context, as_json=as_json, verbose=verbose, quiet=quiet)
+    quiet_transformers()
     if task not in ("finetune", "generate"):
         raise OffloadError(f"plan: no task {task!r}; there are finetune and generate")
     config = read_config(model)
     means = Means(machine, host_memory, device_memory, disk, disk_memory)
     if task == "generate":
         work = Workload(prompts, prompt_tokens, new_tokens)
-        _generate(config, work, weight_dtype, means, kv_tiers=kv_tiers, as_json=as_json)
+        found = _generate(config, work, weight_dtype, means, kv_tiers=kv_tiers)
+        if as_json:
+            typer.echo(json.dumps(as_dict(found, work)))
+        elif not quiet:
+            _show(found.policy, found.shape, work)
         return
     job = FineTune(
         method, rank, dtype, compute_dtype, weight_dtype, state_dtype, batch_size, seq_len,
@@ -98,17 +114,16 @@ def plan(
     report = forecast(config, job, means, advice=advice)
     if as_json:
         typer.echo(to_json(report))
-    else:
+    elif not quiet:
         show(report)
     if not report.answer.fits:
         raise typer.Exit(DOES_NOT_FIT)
 
 
 def _generate(
-    config: Any, work: Workload, weight_dtype: str | None, means: Means,
-    *, kv_tiers: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """Choose rows at once and placement, and print what they should give."""
+    config: Any, work: Workload, weight_dtype: str | None, means: Means, *, kv_tiers: bool
+) -> Found:
+    """Choose rows at once and placement."""
     from offload.shape import read_shape, weight_type
 
     if means.host_memory is None:
@@ -125,11 +140,7 @@ def _generate(
             raise OffloadError(f"plan: {means.machine} has a GPU: give --device-memory, e.g. 20GiB")
         budget = replace(budget, device_bytes=parse_size(device))
     shape = read_shape(config, weight_dtype)
-    policy = choose(Problem(shape, rates, budget, work, kv_tiers))
-    if as_json:
-        typer.echo(json.dumps(as_dict(policy, shape, rates, work)))
-        return
-    _show(policy, shape, work)
+    return Found(choose(Problem(shape, rates, budget, work, kv_tiers)), shape, rates)
 
 
 def choose(problem: Problem) -> Policy:
@@ -179,8 +190,9 @@ def read_rates(name: str, dtype: str) -> Rates:
         ) from error
 
 
-def as_dict(policy: Policy, shape: Shape, rates: Rates, work: Workload) -> dict[str, Any]:
+def as_dict(found: Found, work: Workload) -> dict[str, Any]:
     """What ``--json`` prints: everything that was chosen, predicted and used. Units in names."""
+    policy, shape, rates = found.policy, found.shape, found.rates
     return {
         "task": "generate",
         "work": asdict(work),

@@ -47,7 +47,7 @@ def test_the_docs_have_every_exit_status() -> None:
     assert {int(code): what for code, what in rows} == EXIT_CODES
 
 
-@pytest.mark.parametrize("name", ["finetune", "generate", "plan", "probe"])
+@pytest.mark.parametrize("name", ["finetune", "generate", "plan", "probe", "report"])
 def test_help_has_examples_and_exit_statuses_and_docs_the_examples(name: str) -> None:
     epilog = COMMANDS[name].epilog
     assert all(f"{code} {what}" in epilog for code, what in EXIT_CODES.items())
@@ -76,6 +76,12 @@ def test_what_every_command_has(name: str) -> None:
     flags = {flag for param in COMMANDS[name].params for flag in param.opts}
     common = {"--config", "--dry-run", "--json", "--verbose", "-v", "--quiet", "-q", "--disk"}
     assert common <= flags
+
+
+@pytest.mark.parametrize("name", ["plan", "report"])
+def test_what_commands_that_start_nothing_have(name: str) -> None:
+    flags = {flag for param in COMMANDS[name].params for flag in param.opts}
+    assert {"--json", "--verbose", "-v", "--quiet", "-q"} <= flags
 
 
 @pytest.mark.parametrize(
