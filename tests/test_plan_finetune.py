@@ -17,7 +17,10 @@ from offload.blueprint import FineTune, build, draft, outline
 from offload.forecast import Forecaster
 from offload.lora import Adapted
 from offload.machines import Processor, Site
+from offload.runconfig import TINY_MODEL
+from offload.shape import read_config
 from offload.tiers.spec import GIB, MIB, Budget
+from offload.tinymodel import tiny_config
 from tests.conftest import MACHINE
 from tests.test_plan import a_model, run
 from tests.test_synthesis import CHUNK_BYTES, llama, real_run
@@ -215,3 +218,7 @@ def test_models_that_look_at_numbers_are_refused_by_name(monkeypatch: pytest.Mon
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
     with pytest.raises(OffloadError, match="LlamaForCausalLM cannot be run without data"):
         dry_run(draft(llama(), FineTune(sequence=8)))
+
+
+def test_the_built_in_model_can_be_asked_about() -> None:
+    assert read_config(TINY_MODEL).to_dict() == tiny_config().to_dict()
