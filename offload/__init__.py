@@ -9,13 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from offload.api import from_pretrained, init, runtime, wrap
+    from offload.api import from_pretrained, init, wrap
     from offload.errors import BudgetError, OffloadError
+    from offload.handle import runtime
 
 __all__ = ["BudgetError", "OffloadError", "from_pretrained", "init", "runtime", "wrap"]
 __version__ = "0.1.0"
 
-_HOME = {"BudgetError": "offload.errors", "OffloadError": "offload.errors"}
+_HOME = {
+    "BudgetError": "offload.errors",
+    "OffloadError": "offload.errors",
+    "runtime": "offload.handle",
+}
 
 
 def __getattr__(name: str) -> object:

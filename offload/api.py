@@ -14,11 +14,20 @@ from torch.optim import Optimizer
 
 from offload.activations import Means, find_units
 from offload.attach import How, attach
-from offload.bind import Binding, Family, build_family, family_keys, refuse_odd_parameters
+from offload.bind import (
+    Binding,
+    Family,
+    build_family,
+    choose_chunks,
+    family_keys,
+    mirrors_of,
+    refuse_odd_parameters,
+)
 from offload.config import Given, Size, Tuning, understand, with_activations
 from offload.engine import Engine
-from offload.errors import BudgetError, OffloadError, SpillError
+from offload.errors import BudgetError, SpillError
 from offload.groupwise import format_of
+from offload.handle import Handle, taken_over
 from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
 from offload.homing import adopt_parameter
 from offload.ledger import Ledger
@@ -34,7 +43,7 @@ from offload.quantised import quantise, scratch_bytes, sizes_after
 from offload.room import refuse_without_room, too_small
 from offload.run import Runtime
 from offload.scratch import ScratchMode
-from offload.steps import Steps
+from offload.steps import Planner, Steps
 from offload.swap import SwapFile
 from offload.tiers.copy import LendingHomes
 from offload.tiers.disk import DiskFull, SpillFile
@@ -48,27 +57,6 @@ from offload.tiers.spec import Machine, format_size
 
 M = TypeVar("M", bound=nn.Module)
 DISK_WORKERS = 2  # per direction: one transfer saturates the disk, a second hides the hand-over
-
-
-class _Handle:
-    """Ties a runtime to its model; a copy of the model does not carry it."""
-
-    def __init__(self, runtime: Runtime | None = None) -> None:
-        self.runtime = runtime
-
-    def __deepcopy__(self, memo: object) -> _Handle:
-        return _Handle()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Handle, ()
-
-
-def runtime(model: nn.Module) -> Runtime:
-    """The run that manages this model. Raises OffloadError when none does."""
-    handle = model.__dict__.get("_offload")
-    if not isinstance(handle, _Handle) or handle.runtime is None:
-        raise OffloadError("this model is not managed: call offload.wrap(model, optimizer) first")
-    return handle.runtime
 
 
 def wrap(
@@ -109,13 +97,15 @@ def wrap(
     "swap" (to disk), or "auto", which keeps them where they fit and otherwise chooses per block
     from the recorded step. Same bits in all four.
     ``weight_dtype="int4"`` or ``"int8"`` stores the weights of linear layers that the optimizer
-    does not train in 4.5 or 9 bits each, for good: see ``offload.quantised``. Other numbers than
+    does not train in 4.5 or 8.5 bits each, for good: see ``offload.quantised``. Other numbers than
     without, the same for every budget and tier.
 
     Raises BudgetError (before anything is moved) when the budgets are too small,
     CoupledOptimizerError for optimizers that mix parameters, SpillError when the disk is full.
     """
-    given = _taken_over(model, optimizer)
+    told = {"device": device, "device_memory": device_memory, "compute_dtype": compute_dtype,
+            "host_memory": host_memory, "disk": disk, "disk_memory": disk_memory}  # fmt: skip
+    given = taken_over(model, optimizer, [n for n, value in told.items() if value is not None])
     if given is None:
         given = understand(host_memory, disk, disk_memory, device_memory)
         given = with_place(given, choose(model, device, compute_dtype, tuning or Tuning()))
@@ -216,20 +206,6 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _taken_over(model: nn.Module, optimizer: Optimizer | None) -> Given | None:
-    """End a run that has no optimizer yet, so that one with an optimizer takes its place."""
-    handle = model.__dict__.get("_offload")
-    if not isinstance(handle, _Handle) or handle.runtime is None:
-        return None  # never managed, or a copy of a managed model
-    before = runtime(model)
-    if before.optimizer is not None or optimizer is None:
-        raise OffloadError("this model is managed already: offload.runtime(model).close() first")
-    before.parts.engine.evict_all()
-    given = before.given
-    before.close()
-    return given
-
-
 def _quantise_in_place(
     model: nn.Module, optimizer: Optimizer | None, given: Given, weight_dtype: str | None
 ) -> None:
@@ -263,7 +239,7 @@ def _manage(
     run = Runtime(model, optimizer, parts, given)
     parts.means = _means(given, parts.engine, tuning)
     attach(run, learnt, narrowing, how, _say)
-    model.__dict__["_offload"] = _Handle(run)
+    model.__dict__["_offload"] = Handle(run)
 
 
 def _build(
@@ -275,10 +251,8 @@ def _build(
 ) -> Parts:
     """Homes for everything, with the weights moved in."""
     trained = {p for p in learnt.params if p.requires_grad} if learnt is not None else set()
-    copies = 2 + max((narrowing.copies(learnt, p) for p in trained), default=0)
-    # Without an update, moments need whole weights: finer chunks round these up by less.
-    share = given.budget.host_bytes // (1 if learnt is not None else 2)
-    chunk_bytes = tuning.chunk_bytes or choose_chunk_bytes(share, copies)
+    chunk_bytes, copies = choose_chunks(given.budget.host_bytes, learnt, narrowing)
+    chunk_bytes = tuning.chunk_bytes or chunk_bytes
     sizes = ((p.numel() * p.element_size(), n) for n, p in model.named_parameters())
     refuse_without_room(sizes, given, chunk_bytes, copies)
     pool = FramePool(poison=tuning.poison)
@@ -292,7 +266,7 @@ def _build(
                 space,
                 named,
                 is_trained,
-                {k: v for _, p in named for k, v in narrowing.mirrors(learnt, p).items()},
+                mirrors_of(named, learnt, narrowing),
                 chunk_bytes,
             )
             for (_, is_trained, _), named in family_keys(model, trained, find_units(model)).items()
@@ -312,8 +286,10 @@ def _build(
         adopt_parameter(engine, home)
     engine.settle()
     may_fit = not tuning.keep_hooks and given.place is None
-    steps = Steps(engine, _planner(engine, given, tuning), may_fit=may_fit)
-    return Parts(engine, binding, steps)
+    machine = _machine(given, tuning)
+    planner = _planner(engine, machine) if machine is not None else None
+    steps = Steps(engine, planner, may_fit=may_fit, tapes=tuning.tapes)
+    return Parts(engine, binding, steps, machine=machine)
 
 
 def _means(given: Given, engine: Engine, tuning: Tuning) -> Means:
@@ -333,10 +309,13 @@ def _lanes(tuning: Tuning) -> tuple[Lane, Lane]:
     return ThreadLane("read", DISK_WORKERS), ThreadLane("write", DISK_WORKERS)
 
 
-def _planner(engine: Engine, given: Given, tuning: Tuning) -> Any:
+def _machine(given: Given, tuning: Tuning) -> Machine | None:
     if not tuning.prefetch or given.disk is None:
         return None
-    machine: Machine = tuning.machine or cached_probe(given.disk)
+    return tuning.machine or cached_probe(given.disk)
+
+
+def _planner(engine: Engine, machine: Machine) -> Planner:
 
     def make(trace: Trace) -> Plan:
         try:

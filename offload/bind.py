@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -14,9 +14,11 @@ from torch.nn.parameter import UninitializedParameter
 
 from offload.errors import OffloadError
 from offload.optim.codecs import Part
+from offload.optim.mirror import OptimizerProfile
+from offload.optim.narrow import Narrowing
 from offload.tiers import vm
 from offload.tiers.home import HomeSpace, Region
-from offload.tiers.layout import Layout, lay_out, page_elements
+from offload.tiers.layout import Layout, choose_chunk_bytes, lay_out, page_elements
 
 
 def tensor_at(
@@ -212,6 +214,36 @@ def refuse_odd_parameters(model: nn.Module) -> None:
             )
 
 
+def choose_chunks(
+    host_bytes: int, learnt: OptimizerProfile | None, narrowing: Narrowing
+) -> tuple[int, int]:
+    """(chunk bytes for a budget, chunks that an update needs at once), by what is trained."""
+    trained = {p for p in learnt.params if p.requires_grad} if learnt is not None else set()
+    copies = 2 + max((narrowing.copies(learnt, p) for p in trained), default=0)
+    # Without an update, moments need whole weights: finer chunks round these up by less.
+    return choose_chunk_bytes(host_bytes // (1 if learnt is not None else 2), copies), copies
+
+
+def mirrors_of(
+    named: list[tuple[str, nn.Parameter]], learnt: OptimizerProfile | None, narrowing: Narrowing
+) -> dict[str, Part]:
+    """Optimizer state that mirrors any of these parameters, by name."""
+    return {k: v for _, p in named for k, v in narrowing.mirrors(learnt, p).items()}
+
+
+def lay_out_family(
+    numels: Sequence[int], itemsize: int, state: Mapping[str, Part], chunk_bytes: int
+) -> tuple[Layout, dict[str, Layout]]:
+    """Where parameters of one dtype stand in their run, and what mirrors it, by name."""
+    block = max((part.elements for part in state.values()), default=1)
+    page = page_elements(block)
+    layout = lay_out(numels, max(chunk_bytes // itemsize // page, 1) * page, block)
+    return layout, {
+        name: layout if part.elements == 1 else layout.coarser(part.elements)
+        for name, part in state.items()
+    }
+
+
 def build_family(
     space: HomeSpace,
     named: list[tuple[str, nn.Parameter]],
@@ -224,10 +256,7 @@ def build_family(
     ``state``: name and kind of each optimizer state tensor that does.
     """
     itemsize = named[0][1].dtype.itemsize
-    block = max((part.elements for part in state.values()), default=1)
-    page = page_elements(block)
-    elements = max(chunk_bytes // itemsize // page, 1) * page
-    layout = lay_out([p.numel() for _, p in named], elements, block)
+    layout, mirrors = lay_out_family([p.numel() for _, p in named], itemsize, state, chunk_bytes)
     family = Family(
         [n for n, _ in named], [p for _, p in named], trained, layout,
         space.add_region(f"weights ({named[0][0]}...)", layout, itemsize),
@@ -235,8 +264,7 @@ def build_family(
     if trained:
         family.grads = space.add_region(f"gradients ({named[0][0]}...)", layout, itemsize)
         for name, part in state.items():
-            mirror = layout if part.elements == 1 else layout.coarser(part.elements)
             family.states[name] = space.add_region(
-                f"{name} ({named[0][0]}...)", mirror, part.dtype.itemsize
+                f"{name} ({named[0][0]}...)", mirrors[name], part.dtype.itemsize
             )
     return family

@@ -24,6 +24,7 @@ from offload.cohort import Cohort, Dialect
 from offload.ending import Ending
 from offload.errors import OffloadError
 from offload.hooks import Hooks
+from offload.ledger import Other
 from offload.parts import Parts
 from offload.places import BlockPlan, Places
 from offload.ring import InRing, Ring, run_in_turns
@@ -91,7 +92,7 @@ class Block:
         with (
             _evaluating(self._model),
             caches.opened(provision.plan),
-            _reserved(self._parts, provision.reserved_bytes),
+            _reserved(self._parts, provision),
         ):
             while not self._places.over:
                 began_s = time.perf_counter()
@@ -208,17 +209,23 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _reserved(parts: Parts, size_bytes: int) -> Iterator[None]:
+def _reserved(parts: Parts, provision: Provision) -> Iterator[None]:
     """Memory for keys, values and activations, taken once, so that plans can count on the rest."""
     engine, steps = parts.engine, parts.steps
-    engine.take_other(size_bytes, "the block of rows to generate (keys, values, activations)")
+    what = "the block of rows to generate (keys, values, activations)"
+    engine.make_room_for(provision.reserved_bytes, what)
+    shares = {Other.KV: provision.kv_bytes}
+    shares[Other.ACTIVATIONS] = provision.reserved_bytes - provision.kv_bytes
+    for kind, size_bytes in shares.items():
+        engine.take_other(size_bytes, what, kind)
     steps.forget(Kind.INFER)  # planned with other room
-    steps.constant_bytes = size_bytes
+    steps.constant_bytes = provision.reserved_bytes
     try:
         yield
     finally:
-        engine.ledger.give_other(size_bytes)
         steps.constant_bytes = 0
+        for kind, size_bytes in shares.items():
+            engine.ledger.give_other(size_bytes, kind)
         steps.forget(Kind.INFER)
 
 

@@ -69,6 +69,7 @@ class Provision:
 
     plan: BlockPlan
     reserved_bytes: int
+    kv_bytes: int  # of these
     caches: Caches
 
     @property
@@ -84,7 +85,9 @@ def provide(
 ) -> Provision:  # fmt: skip
     """For prompts of these lengths, in tokens. Without ``plan``: as many rows at once as fit."""
     plan = plan or choose_block(lengths, new_tokens, caches.cost, _room_bytes(model, parts))
-    return Provision(plan, caches.cost.of(plan, lengths, new_tokens), caches)
+    cost = caches.cost
+    sizes = plan, lengths, new_tokens
+    return Provision(plan, cost.of(*sizes), cost.kv_bytes(*sizes), caches)
 
 
 def caches_for(model: nn.Module, parts: Parts, given: Given, asked: KVAsked) -> Caches:

@@ -30,7 +30,8 @@ class Tuning:
     stay in the managed mode although everything fits. ``emulate_device``: compute in frames of a
     separate arena in host memory; ``device_chunk_bytes``: how much neighbours that share a frame
     may take. ``trust_versions``: copies on the device outlive passes; writes to weights through
-    ``.data`` or numpy are then not seen before the next update.
+    ``.data`` or numpy are then not seen before the next update. ``tapes``: what each planned step
+    does is noted, for ``runtime.report``; what that costs is in bench/recording.py.
     """
 
     chunk_bytes: int | None = None
@@ -42,6 +43,7 @@ class Tuning:
     emulate_device: bool = False
     device_chunk_bytes: int | None = None
     trust_versions: bool = False
+    tapes: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,6 +184,14 @@ class DeviceSpace:
         """Chunks whose upload is under way or done but not installed, in the order of issue."""
         return [self.chunks[c] for c in self._uploads if self.chunks[c].loading is not None]
 
+    def homes_of(self, chunk: int) -> tuple[int, ...]:
+        """The host's chunks that one of ours is copied from."""
+        return tuple(host_chunk for host_chunk, _, _ in self._sources[chunk].pieces())
+
+    def held(self) -> list[int]:
+        """The chunk of each frame that is in use, views by autograd and users included."""
+        return self.pool.owners()
+
     def abandon_load(self, chunk: Chunk) -> None:
         """Give up a copy that was made ahead and is not wanted."""
         upload, _ = self._uploads[chunk.id]

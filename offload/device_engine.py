@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from offload.device import DeviceSpace
 from offload.engine import Engine
 from offload.errors import BudgetError
-from offload.ledger import Ledger
+from offload.ledger import Ledger, Other
 from offload.prefetch.plan import Ops
 from offload.prefetch.trace import Access, Need, Phase
 from offload.steps import Kind, Steps
@@ -114,9 +114,9 @@ class DeviceEngine(Engine):
         while self.given_back:
             self.ledger.give_other(self.given_back.popleft())
 
-    def take_other(self, size_bytes: int, what: str) -> None:
+    def take_other(self, size_bytes: int, what: str, kind: Other = Other.ACTIVATIONS) -> None:
         self._collect()
-        super().take_other(size_bytes, what)
+        super().take_other(size_bytes, what, kind)
 
     def make_room_for(self, size_bytes: int, what: str) -> None:
         self._collect()

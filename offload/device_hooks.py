@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -36,6 +37,7 @@ from offload.passes import Before
 from offload.prefetch.trace import Phase
 from offload.saved import Activations
 from offload.steps import Kind, Mode, Steps
+from offload.tape import Mark
 from offload.tiers.copy import deliver
 from offload.use import SavedInFrames, Use, attach, detach
 
@@ -190,6 +192,9 @@ class DeviceHooks:
             view = param.detach().to(self._device.place, dtype)
         else:
             with self._locked():
+                if self._host.tape is not None:
+                    mark = Mark.RERUN if recomputes else Mark.MODULE
+                    self._host.tape.mark(mark, home.name.rpartition(".")[0])
                 if recomputes:
                     self._enter_backward()
                 phase = Phase.BACKWARD if recomputes else Phase.FORWARD
@@ -228,7 +233,11 @@ class DeviceHooks:
             self._enter_backward()
             self._device.engine.pass_through(grad.nbytes, f"the gradient of {home.name}")
             self._grads.reached(home)
-        return deliver(grad, param)
+        start_s, tape = time.perf_counter(), self._host.tape
+        delivered = deliver(grad, param)
+        if tape is not None and delivered is not grad:
+            tape.copied("d2h", start_s, grad.nbytes)
+        return delivered
 
     def _gradient(self, home: Home) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(grad: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from offload.bind import Binding, Home
 from offload.engine import Engine
 from offload.errors import OffloadError
+from offload.ledger import Other
 from offload.optim.state import UpdateGroup
 from offload.optim.step import ChunkedStep
 from offload.prefetch.trace import Phase
@@ -70,7 +71,8 @@ class EarlyUpdate:
         if param not in self._board.expected:
             return
         if not home.grad_is_home:  # handed on by whoever debited it while it was made
-            self._engine.take_other(home.size_bytes, f"the gradient of {home.name}")
+            what = f"the gradient of {home.name}"
+            self._engine.take_other(home.size_bytes, what, Other.GRADIENTS)
             self._kept[param] = home.size_bytes
         for group in self._board.arrive(param):
             self._step(group)
@@ -84,7 +86,7 @@ class EarlyUpdate:
             self._store.phase = Phase.UPDATE
         for param in self._board.stepped(group):
             param.grad = None
-            self._engine.ledger.give_other(self._kept.pop(param, 0))
+            self._engine.ledger.give_other(self._kept.pop(param, 0), Other.GRADIENTS)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -113,7 +115,7 @@ class EarlyUpdate:
     def reset(self) -> None:
         """Forget an update that was begun: a checkpoint is about to be loaded."""
         for param, size_bytes in self._kept.items():
-            self._engine.ledger.give_other(size_bytes)
+            self._engine.ledger.give_other(size_bytes, Other.GRADIENTS)
             param.grad = None
         self._kept.clear()
         self._board = self._board.again()
@@ -124,7 +126,7 @@ class EarlyUpdate:
         """``optimizer.step()`` is over: after the first one, decide whether to go on early."""
         if self.active:
             # Of incomplete groups: gradients stay to be seen.
-            self._engine.ledger.give_other(sum(self._kept.values()))
+            self._engine.ledger.give_other(sum(self._kept.values()), Other.GRADIENTS)
             self._kept.clear()
             self._board = self._board.again()
         elif self._arrivals and not self._declined and not steps.fits(Kind.TRAIN):

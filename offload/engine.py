@@ -12,14 +12,16 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from offload.errors import SpillError
-from offload.ledger import Ledger
+from offload.ledger import Ledger, Other
 from offload.outlook import Outlook
 from offload.prefetch.plan import Ops
 from offload.prefetch.trace import Access, Need, Phase
 from offload.record import Follower, Recorder
+from offload.tape import Mark, Tape
 from offload.tiers.home import Backing, Chunk, HomeSpace
 from offload.trust import Trust
 
@@ -53,6 +55,7 @@ class Engine:
         self.counters = Counters()
         self.recorder: Recorder | None = None
         self.follower: Follower | None = None
+        self.tape: Tape | None = None  # while somebody records what a step does
         self.is_dead = is_dead
         self._resident: OrderedDict[int, None] = OrderedDict()  # least recently needed first
         self._leaving: dict[int, Chunk] = {}  # being written, to be dropped after
@@ -74,6 +77,8 @@ class Engine:
         if self._covered(needs):
             return
         self.phase = phase
+        if self.tape is not None:
+            self.tape.enter()
         if self.recorder is not None:
             self.recorder.enter()
         if self.follower is not None:
@@ -90,6 +95,8 @@ class Engine:
         self._last = needs
         if self.recorder is not None:
             self.recorder.leave(phase, needs, self.ledger.other_bytes)
+        if self.tape is not None:
+            self.tape.leave(phase, needs)
 
     def _covered(self, needs: tuple[Need, ...]) -> bool:
         """Whether the last moment already made all this true (and nothing has been lost since)."""
@@ -109,12 +116,12 @@ class Engine:
         if chunk.loading is not None:
             # Where reading ahead failed the fault may have passed: it is read again, on demand.
             with contextlib.suppress(SpillError):
-                self._waiting("read", lambda: self._install(chunk))
+                self._waiting("read", chunk, lambda: self._install(chunk))
         if chunk.backing is Backing.FILE and access is not Access.FRESH:
             self._make_room(chunk.size_bytes, keep)
             self.counters.demand_loads += 1
             self._start_load(chunk)
-            self._waiting("read", lambda: self._install(chunk))
+            self._waiting("read", chunk, lambda: self._install(chunk))
         elif chunk.backing is not Backing.RAM:
             self._make_room(chunk.size_bytes, keep)
             self._prepare(chunk)
@@ -147,11 +154,11 @@ class Engine:
 
     # -- room -------------------------------------------------------------------------------
 
-    def take_other(self, size_bytes: int, what: str) -> None:
+    def take_other(self, size_bytes: int, what: str, kind: Other = Other.ACTIVATIONS) -> None:
         """Debit memory that is not chunks, evicting for it. Raises BudgetError."""
         if self.ledger.room_bytes < size_bytes:
             self._make_room(size_bytes, {n.chunk for n in self._last}, what)
-        self.ledger.take_other(size_bytes)
+        self.ledger.take_other(size_bytes, kind)
         if self.recorder is not None:
             self.recorder.see_other(self.ledger.other_bytes)
 
@@ -177,7 +184,7 @@ class Engine:
         while self.ledger.room_bytes < coming:
             if self._leaving:
                 chunk = next(iter(self._leaving.values()))
-                self._waiting("write", lambda c=chunk: self._finish_leaving(c))  # type: ignore[misc]
+                self._waiting("write", chunk, partial(self._finish_leaving, chunk))
                 continue
             victim = self._victim(keep | {n.chunk for n in self._last})
             if victim is None:
@@ -191,7 +198,7 @@ class Engine:
                 continue
             if self._leaving:
                 chunk = next(iter(self._leaving.values()))
-                self._waiting("write", lambda c=chunk: self._finish_leaving(c))  # type: ignore[misc]
+                self._waiting("write", chunk, partial(self._finish_leaving, chunk))
                 continue
             victim = self._victim(keep)
             if victim is not None:
@@ -242,7 +249,7 @@ class Engine:
 
     def _is_unchanged(self, chunk: Chunk) -> bool:
         return self.trust.untouched(chunk.id) or self._waiting(
-            "checksum", lambda: self.space.unchanged(chunk)
+            "checksum", chunk, lambda: self.space.unchanged(chunk)
         )
 
     def _finish_leaving(self, chunk: Chunk) -> None:
@@ -265,6 +272,7 @@ class Engine:
         del self._leaving[chunk.id]
         self._waiting(
             "write",
+            chunk,
             lambda: self._moving(chunk, "written to", lambda: self.space.finish_save(chunk)),
         )
 
@@ -294,13 +302,20 @@ class Engine:
         except OSError as error:
             raise SpillError(f"{chunk.label} could not be {how} the spill file: {error}") from error
 
-    def _waiting(self, cause: str, work: Callable[[], T]) -> T:
+    def _waiting(self, cause: str, chunk: Chunk, work: Callable[[], T]) -> T:
         """Do something that may block, charging the time to its cause."""
         start_s = time.perf_counter()
         try:
             return work()
         finally:
-            self.counters.stall_s[cause] += time.perf_counter() - start_s
+            self.waited(cause, chunk.id, start_s)
+
+    def waited(self, cause: str, chunk: int, start_s: float) -> None:
+        """The loop has waited until now for a chunk (-1: for other bytes)."""
+        end_s = time.perf_counter()
+        self.counters.stall_s[cause] += end_s - start_s
+        if self.tape is not None:
+            self.tape.stalls.append((start_s, end_s, cause, chunk))
 
     # -- boundaries -------------------------------------------------------------------------
 
@@ -308,12 +323,14 @@ class Engine:
         """Await every write, so that user code runs with no copy of anything in flight."""
         while self._leaving:
             chunk = next(iter(self._leaving.values()))
-            self._waiting("write", lambda c=chunk: self._finish_leaving(c))  # type: ignore[misc]
+            self._waiting("write", chunk, partial(self._finish_leaving, chunk))
 
     def leave_forward(self) -> None:
         """The model's forward pass is over: user code runs."""
         self.settle()
         self._end_moment()
+        if self.tape is not None:
+            self.tape.mark(Mark.FORWARD_ENDS)
 
     def begin(self, recorder: Recorder, follower: Follower | None) -> None:
         """A step begins, recorded, and planned where a plan is known."""

@@ -8,11 +8,8 @@ which ``offload`` itself provides.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -28,13 +25,15 @@ from offload.metrics import MetricsLog, StepReport
 from offload.preflight import Job, prepare
 from offload.progress import Observer, PlainProgress
 from offload.runconfig import InputError, MemoryConfig, RunConfig
+from offload.rundir import replacing
+from offload.runreport import Reports, report_run
 
 EVAL_BATCHES = 16  # enough for a steady mean; each one streams the whole model
 
 B = TypeVar("B")
 
 
-class Runtime(Protocol):
+class Runtime(Reports, Protocol):
     """The part of ``offload.runtime(model)`` that the loop uses."""
 
     def stats(self) -> dict[str, Any]: ...
@@ -129,7 +128,7 @@ def finetune(
     """
     observer = observer or PlainProgress()
     job = prepare(config, resume=resume)
-    observer.note(_describe(job))
+    observer.note(describe(job))
     session = _build(job, engine or OffloadEngine())
     try:
         if resume:
@@ -152,7 +151,8 @@ def lr_factor(step: int, warmup: int, steps: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _describe(job: Job) -> str:
+def describe(job: Job) -> str:
+    """The run in one line."""
     held_out = f", {len(job.held_out):,} held out" if len(job.held_out) else ""
     return (
         f"{job.config.model}: {len(job.train):,} sequences of "
@@ -182,8 +182,10 @@ def _checkpoint_activations(model: Any) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def make_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """Fused AdamW; matrices decay, biases and norms do not."""
+def make_optimizer(
+    model: torch.nn.Module, config: RunConfig, *, fused: bool = True
+) -> torch.optim.AdamW:
+    """AdamW; matrices decay, biases and norms do not. ``fused``: not for models without data."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {
@@ -193,7 +195,7 @@ def make_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Ada
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     used = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(used, lr=config.optimizer.lr, fused=True)
+    return torch.optim.AdamW(used, lr=config.optimizer.lr, fused=fused)
 
 
 def _train(session: _Session, observer: Observer) -> Outcome:
@@ -212,8 +214,11 @@ def _train(session: _Session, observer: Observer) -> Outcome:
             observer.step(report)
             if schedule.save_every and session.step % schedule.save_every == 0:
                 saved_step = _save(session)
+                report_run(session.runtime, session.job.rundir, observer)
         if saved_step != session.step and (schedule.save_every or interrupt.signal):
             _save(session)
+    if report is not None:
+        report_run(session.runtime, session.job.rundir, observer)
     loss, eval_loss = (report.loss, report.eval_loss) if report else (None, None)
     stopped = session.step < schedule.steps
     return Outcome(session.step, loss, eval_loss, None, interrupt.signal if stopped else None)
@@ -247,6 +252,7 @@ def _step(session: _Session) -> StepReport:
         grad_norm=stats.get("grad_norm"),
         eval_loss=_evaluate(session) if _eval_is_due(session) else None,
         tier_bytes={tier: held["used_bytes"] for tier, held in stats.get("tiers", {}).items()},
+        steady=stats.get("step_s") is not None,
     )
 
 
@@ -349,7 +355,7 @@ def _restore(session: _Session, observer: Observer) -> None:
             extra = session.runtime.load(path, session.scheduler)
         except CheckpointError as error:
             damaged.append(error)
-            observer.note(f"warning: skipped checkpoint {path.name}: {error}")
+            observer.warn(f"skipped checkpoint {path.name}: {error}")
             continue
         _check_identity(path, extra["identity"], _identity(session.job))
         session.step = int(extra["step"])
@@ -380,20 +386,8 @@ def _check_identity(path: Path, made_with: dict[str, Any], now: dict[str, Any]) 
 def _finish(session: _Session, outcome: Outcome, observer: Observer) -> Outcome:
     """Export the trained model with its tokenizer as one directory, whole or not at all."""
     target = session.job.rundir.model
-    with _replacing(target) as fresh:
+    with replacing(target) as fresh:
         session.runtime.export(fresh)
         session.job.tokenizer.save_pretrained(fresh)
     observer.note(f"model written to {target}")
     return Outcome(outcome.step, outcome.loss, outcome.eval_loss, target)
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A fresh directory that takes the place of ``target`` when the block ends without error."""
-    fresh = target.with_name(target.name + ".partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    yield fresh
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(fresh, target)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from offload.bind import Binding, Home
 from offload.engine import Engine
 from offload.errors import OffloadError
+from offload.ledger import Other
 from offload.prefetch.trace import Access, Need, Phase
+from offload.tape import Mark
 
 
 class GradientHomes:
@@ -49,6 +51,8 @@ class GradientHomes:
                 f"{home.name} has a sparse gradient, which has no home: build the embedding "
                 "with sparse=False"
             )
+        if self._engine.tape is not None:
+            self._engine.tape.mark(Mark.GRADIENT, home.name)
         self._foreign.discard(home)
         if home.param.grad is not None and not home.grad_is_home:
             self._foreign.add(home)
@@ -82,18 +86,21 @@ class GradientHomes:
         mine = self._whose()
         for whose, home in list(self._in_flight):
             if whose == mine or not only_mine:
-                self._engine.ledger.give_other(self._in_flight.pop((whose, home)))
+                self._credit(self._in_flight.pop((whose, home)))
 
     def _take(self, home: Home) -> None:
         """One gradient tensor of this parameter exists (more)."""
         size_bytes = gradient_bytes(home)
-        self._engine.take_other(size_bytes, f"the gradient of {home.name}")
+        self._engine.take_other(size_bytes, f"the gradient of {home.name}", Other.GRADIENTS)
         key = self._whose(), home
         self._in_flight[key] = self._in_flight.get(key, 0) + size_bytes
 
     def _give(self, home: Home) -> None:
         """They are home, or gone."""
-        self._engine.ledger.give_other(self._in_flight.pop((self._whose(), home), 0))
+        self._credit(self._in_flight.pop((self._whose(), home), 0))
+
+    def _credit(self, size_bytes: int) -> None:
+        self._engine.ledger.give_other(size_bytes, Other.GRADIENTS)
 
 
 def gradient_bytes(home: Home) -> int:

@@ -29,6 +29,7 @@ from offload.prefetch.trace import Access, Need, Phase
 from offload.results import Keeping
 from offload.saved import Activations, SavedTensors
 from offload.steps import Kind, Mode, Steps
+from offload.tape import Mark
 from offload.tiers.home import Backing
 
 REMEDY = 'give offload.wrap activations="auto", or use a smaller batch or gradient checkpointing'
@@ -113,7 +114,7 @@ class Hooks:
         """Hooks on units and parameters; not there while everything fits."""
         handles: list[RemovableHandle] = []
         homes = self._binding.homes
-        for module in model.modules():
+        for name, module in model.named_modules():
             direct = [homes[p] for p in module.parameters(recurse=False) if p in homes]
             if isinstance(module, nn.Embedding):
                 # A lookup touches a few rows: read where they lie, the table is not fetched.
@@ -122,7 +123,7 @@ class Hooks:
             elif direct:
                 chunks = sorted({c for h in direct for c in h.weight_chunks})
                 needs = tuple(Need(c, Access.READ) for c in chunks)
-                enter = self._own[module] = self._unit(needs, direct)
+                enter = self._own[module] = self._unit(name, needs, direct)
                 handles.append(module.register_forward_pre_hook(Hook(enter)))
         for name, unit in self._units.items():
             handles += self._planned(name, unit)
@@ -255,10 +256,13 @@ class Hooks:
         if module in self._own:
             self._own[module](module, ())
 
-    def _unit(self, needs: tuple[Need, ...], homes: list[Home]) -> Callable[..., None]:
+    def _unit(self, name: str, needs: tuple[Need, ...], homes: list[Home]) -> Callable[..., None]:
         def enter(module: nn.Module, args: object) -> None:
             phase = Phase.BACKWARD if self._pass.in_backward else Phase.FORWARD
             self._take_turns(needs, homes)
+            if self._engine.tape is not None:
+                again = self._pass.in_backward
+                self._engine.tape.mark(Mark.RERUN if again else Mark.MODULE, name)
             with self._undone_if_refused():
                 self._engine.need(phase, needs)
 

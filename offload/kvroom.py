@@ -15,6 +15,7 @@ from torch import Tensor
 
 from offload.engine import Engine
 from offload.errors import BudgetError, SpillError
+from offload.ledger import Other
 from offload.swap import TICKET_ID, SwapFile
 from offload.tiers import vm
 from offload.tiers.disk import Disk, DiskFull
@@ -67,13 +68,13 @@ class Account:
     def _settle(self, taken_bytes: int, prepaid_bytes: int) -> None:
         due_bytes = self._due_bytes(taken_bytes - prepaid_bytes) - self.owed_bytes
         if due_bytes > 0:  # the engine may ask the cache for room meanwhile
-            self._engine.take_other(due_bytes, WHAT)
+            self._engine.take_other(due_bytes, WHAT, Other.KV)
             self.owed_bytes += due_bytes
         self._taken_bytes += taken_bytes
         self._prepaid_bytes += prepaid_bytes
         spare_bytes = self.owed_bytes - self._due_bytes(0)
         if spare_bytes > 0:
-            self._engine.ledger.give_other(spare_bytes)
+            self._engine.ledger.give_other(spare_bytes, Other.KV)
             self.owed_bytes -= spare_bytes
 
     def _due_bytes(self, more_bytes: int) -> int:

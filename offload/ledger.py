@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import StrEnum
+
 from offload.heap import FREE_KEPT_BYTES, Heap
 from offload.tiers.frames import FramePool
+
+
+class Other(StrEnum):
+    """What memory that is not chunks is for."""
+
+    ACTIVATIONS = "activations"
+    GRADIENTS = "gradients"  # on their way home
+    KV = "kv"
+    STAGING = "staging"
 
 
 class Ledger:
     """Chunks' frames, fixed regions, and what is not chunks, against one budget in bytes.
 
     ``kept_bytes``: of freed memory malloc may keep so much; what is too much to pass over in
-    silence counts as fixed.
+    silence counts as fixed. ``seen`` is told of other memory that comes and goes, while somebody
+    records.
     """
 
     def __init__(
@@ -20,16 +33,23 @@ class Ledger:
         self.budget_bytes = budget_bytes
         self.fixed_bytes = fixed_bytes + kept_bytes - FREE_KEPT_BYTES
         self.other_bytes = 0
+        self.other_by_kind = dict.fromkeys(Other, 0)
         self.held_bytes = 0  # foreseen, not debited yet
         self.peak_bytes = 0
         self.peak_other_bytes = 0
         self._pool = pool
         self.heap = Heap(lambda: self.used_bytes, kept_bytes)
+        self.seen: Callable[[Other, int], None] | None = None
 
     @property
     def used_bytes(self) -> int:
         """What is held now, idle frames included."""
         return self._pool.total_bytes + self.fixed_bytes + self.other_bytes
+
+    @property
+    def idle_bytes(self) -> int:
+        """Of that, frames that hold nothing."""
+        return self._pool.idle_bytes
 
     @property
     def room_bytes(self) -> int:
@@ -56,18 +76,18 @@ class Ledger:
         self._trim(size_bytes)
         self.held_bytes = size_bytes
 
-    def take_other(self, size_bytes: int) -> None:
+    def take_other(self, size_bytes: int, kind: Other = Other.ACTIVATIONS) -> None:
         """Debit memory that is not chunks, most often there already. There must be room."""
         self._settle(0)
         self._trim(size_bytes)
-        self.other_bytes += size_bytes
+        self._change(size_bytes, kind)
         self.held_bytes = max(self.held_bytes - size_bytes, 0)
         self.peak_other_bytes = max(self.peak_other_bytes, self.other_bytes)
         self.see()
 
-    def give_other(self, size_bytes: int) -> None:
+    def give_other(self, size_bytes: int, kind: Other = Other.ACTIVATIONS) -> None:
         """Credit it back; the system gets it too before other memory is taken."""
-        self.other_bytes -= size_bytes
+        self._change(-size_bytes, kind)
         self.heap.freed(size_bytes)
 
     def passed(self, size_bytes: int) -> None:
@@ -78,6 +98,12 @@ class Ledger:
     def see(self) -> None:
         """Note the present use for the peak."""
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+    def _change(self, size_bytes: int, kind: Other) -> None:
+        self.other_bytes += size_bytes
+        self.other_by_kind[kind] += size_bytes
+        if self.seen is not None:
+            self.seen(kind, size_bytes)
 
     def _settle(self, size_bytes: int) -> None:
         self.heap.settle(self.budget_bytes - self.used_bytes - size_bytes)

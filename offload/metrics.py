@@ -13,7 +13,10 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One optimizer step. ``tokens`` counts all micro-batches; ``tier_bytes`` is bytes held."""
+    """One optimizer step. ``tokens`` counts all micro-batches; ``tier_bytes`` is bytes held.
+
+    ``steady``: it followed a plan, as those after it will; the first ones are recorded.
+    """
 
     step: int
     loss: float
@@ -24,6 +27,7 @@ class StepReport:
     grad_norm: float | None = None
     eval_loss: float | None = None
     tier_bytes: dict[str, int] = field(default_factory=dict)
+    steady: bool = True
 
     @property
     def tokens_per_s(self) -> float:

@@ -16,6 +16,7 @@ from offload.hooks import Hooks
 from offload.kvstore import KVStore
 from offload.optim.step import ChunkedStep
 from offload.steps import Steps
+from offload.tiers.spec import Machine
 
 
 @dataclass(slots=True, eq=False)
@@ -30,5 +31,6 @@ class Parts:
     means: Means = KEEP_ALL
     device: Device | None = None  # compute in frames; None: where the weights are
     early: EarlyUpdate | None = None  # updates during the backward pass
+    machine: Machine | None = None  # measured rates that plans are made with; None: no plans
     kv: KVStore | None = None  # what KV caches share, once there is one
     handles: list[RemovableHandle] = field(default_factory=list)

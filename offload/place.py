@@ -138,7 +138,7 @@ def build_device(
     add_families(space, binding, place.dtype, chunk_bytes)
     engine = DeviceEngine(space, Ledger(budget_bytes, arena, _buffer_bytes(model)))
     planner = _planner(engine, tuning) if tuning.prefetch else None
-    steps = Steps(engine, planner, may_fit=False)
+    steps = Steps(engine, planner, may_fit=False, tapes=tuning.tapes)
     return Device(place.device, place.dtype, engine, steps, tuning.trust_versions)
 
 

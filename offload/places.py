@@ -89,6 +89,12 @@ class BlockCost:
         kept_bytes = self.kv.memory_bytes if self.kv is not None else 0
         return kept_bytes + self._rows_bytes(plan, lengths, new_tokens)
 
+    def kv_bytes(self, plan: BlockPlan, lengths: Sequence[int], new_tokens: int) -> int:
+        """Keys and values of all rows, a part of `of`."""
+        longest = sorted(lengths, reverse=True)[: plan.rows]
+        kept_bytes = self.kv.memory_bytes if self.kv is not None else 0
+        return kept_bytes + self.position_bytes * (sum(longest) + new_tokens * len(longest))
+
     def turn_bytes(self, tokens: int, seen: int) -> int:
         """What a pass may take and give back while it has its turn: at most a layer's."""
         return self.token_bytes * tokens + self.position_bytes * seen // self.layers

@@ -1,63 +1,146 @@
-"""``offload plan``: how a task would be run within these budgets, and how fast, before it is."""
+"""``offload plan``: how a task would be run within these budgets, and how fast, before it is.
+
+Fine-tuning is in offload/plan_finetune.py; generation is searched for and printed here.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from typer import Option
 
+from offload import options
+from offload.command import quiet_transformers, voice
 from offload.errors import BudgetError, OffloadError
 from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
+from offload.machines import DTYPES, rates_of, read_machine, site_of
 from offload.prefetch.generation import Policy, Rates, Shape, Workload
 from offload.prefetch.rehearse import rehearse
 from offload.prefetch.search import NothingFits, Problem, search
 from offload.tiers.layout import choose_chunk_bytes
 from offload.tiers.spec import Budget, Compute, Machine, format_size, parse_size
 
+if TYPE_CHECKING:
+    from offload.plan_finetune import Means
+
+
+class Found(NamedTuple):
+    """What the search chose, of what, for which rates."""
+
+    policy: Policy
+    shape: Shape
+    rates: Rates
+
 
 def plan(
+    context: typer.Context,
     model: Annotated[str, Option(help="Directory, config.json or hub name; no weights are read.")],
-    host_memory: Annotated[str, Option(help="RAM budget, e.g. 24GiB.")],
-    task: Annotated[str, Option(help="generate")] = "generate",
+    host_memory: Annotated[
+        str | None, Option(help="RAM budget, e.g. 24GiB; without: the machine's.")
+    ] = None,
+    task: Annotated[str, Option(help="finetune or generate.")] = "generate",
+    device_memory: Annotated[
+        str | None, Option(help="GPU budget, e.g. 20GiB, for a machine that has one.")
+    ] = None,
     disk: Annotated[str, Option(help="Directory on the disk that would be used.")] = ".",
     disk_memory: Annotated[str | None, Option(help="Disk budget, e.g. 200GiB.")] = None,
-    prompts: Annotated[int, Option(help="How many prompts there are.")] = 1,
+    machine: Annotated[
+        str | None,
+        Option(help="One of the table (docs/plan.md) or a JSON file; without: this one, measured."),
+    ] = None,
+    method: Annotated[str, Option(help="Fine-tuning: full or lora.")] = "full",
+    rank: Annotated[int, Option(help="Of LoRA's adapters, at all linear layers.")] = 16,
+    batch_size: Annotated[int, Option(help="Sequences per step.")] = 1,
+    seq_len: Annotated[int, Option(help="Tokens per sequence.")] = 512,
+    dtype: Annotated[str, Option(help="Trained with weights in float32 or bfloat16.")] = "float32",
+    compute_dtype: Annotated[
+        str | None, Option(help="What a GPU computes in; without: --dtype.")
+    ] = None,
+    state_dtype: Annotated[str | None, Option(help="Optimizer state in bf16 or int8.")] = None,
+    step_in_backward: Annotated[
+        bool, Option("--step-in-backward", help="Update during the backward pass.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool, Option("--gradient-checkpointing", help="Run layers again in the backward pass.")
+    ] = False,
+    advice: Annotated[
+        bool, Option("--advice/--no-advice", help="Say which changes would help.")
+    ] = True,
+    prompts: Annotated[
+        int, Option("--prompt-count", help="Generation: how many prompts there are.")
+    ] = 1,
     prompt_tokens: Annotated[int, Option(help="Tokens of each.")] = 64,
-    new_tokens: Annotated[int, Option(help="Tokens to add to each.")] = 64,
+    new_tokens: Annotated[int, Option("--max-new-tokens", help="Tokens to add to each.")] = 64,
     weight_dtype: Annotated[
         str | None, Option(help="int4, int8 or a floating type; without: the model's own.")
     ] = None,
     kv_tiers: Annotated[
         bool, Option("--kv-tiers", help="Keys and values may go to disk (runtime.kv_cache).")
     ] = False,
-    machine: Annotated[
-        str | None, Option(help="Rates from this file, as --json prints them, not measured.")
-    ] = None,
-    as_json: Annotated[bool, Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Choose rows at once and placement from measured rates, and print what they should give."""
-    if task != "generate":
-        raise OffloadError(
-            f"plan: --task {task} is not there yet; --task generate is"
-            if task == "finetune" else f"plan: no task {task!r}; there is generate"
-        )  # fmt: skip
-    from offload.shape import read_config, read_shape
+    """Say what a task would need and take on a machine, before anything is allocated.
 
+    Exit status: 0 it fits, 3 it does not fit (both with the forecast), 2 it cannot be told.
+    """
+    from offload.blueprint import FineTune
+    from offload.plan_finetune import DOES_NOT_FIT, Means, forecast, show, to_json
+    from offload.shape import read_config
+
+    voice(context, as_json=as_json, verbose=verbose, quiet=quiet)
+    quiet_transformers()
+    if task not in ("finetune", "generate"):
+        raise OffloadError(f"plan: no task {task!r}; there are finetune and generate")
     config = read_config(model)
-    work = Workload(prompts, prompt_tokens, new_tokens)
-    budget = Budget(parse_size(host_memory), disk_bytes=parse_size(disk_memory) if disk_memory
-                    else None)  # fmt: skip
-    rates = read_rates(machine) if machine else measured(config, weight_dtype, disk)
-    shape = read_shape(config, weight_dtype)
-    policy = choose(Problem(shape, rates, budget, work, kv_tiers))
-    if as_json:
-        typer.echo(json.dumps(as_dict(policy, shape, rates, work)))
+    means = Means(machine, host_memory, device_memory, disk, disk_memory)
+    if task == "generate":
+        work = Workload(prompts, prompt_tokens, new_tokens)
+        found = _generate(config, work, weight_dtype, means, kv_tiers=kv_tiers)
+        if as_json:
+            typer.echo(json.dumps(as_dict(found, work)))
+        elif not quiet:
+            _show(found.policy, found.shape, work)
         return
-    _show(policy, shape, work)
+    job = FineTune(
+        method, rank, dtype, compute_dtype, weight_dtype, state_dtype, batch_size, seq_len,
+        gradient_checkpointing, step_in_backward,
+    )  # fmt: skip
+    report = forecast(config, job, means, advice=advice)
+    if as_json:
+        typer.echo(to_json(report))
+    elif not quiet:
+        show(report)
+    if not report.answer.fits:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def _generate(
+    config: Any, work: Workload, weight_dtype: str | None, means: Means, *, kv_tiers: bool
+) -> Found:
+    """Choose rows at once and placement."""
+    from offload.shape import read_shape, weight_type
+
+    if means.host_memory is None:
+        raise OffloadError("plan: --task generate needs --host-memory, e.g. 24GiB")
+    disk_bytes = parse_size(means.disk_memory) if means.disk_memory else None
+    budget = Budget(parse_size(means.host_memory), disk_bytes=disk_bytes)
+    if means.machine is None:
+        rates = measured(config, weight_dtype, means.disk)
+    else:
+        rates = read_rates(means.machine, weight_type(config, None))
+    if rates.device is not None:
+        device = means.device_memory
+        if device is None:
+            raise OffloadError(f"plan: {means.machine} has a GPU: give --device-memory, e.g. 20GiB")
+        budget = replace(budget, device_bytes=parse_size(device))
+    shape = read_shape(config, weight_dtype)
+    return Found(choose(Problem(shape, rates, budget, work, kv_tiers)), shape, rates)
 
 
 def choose(problem: Problem) -> Policy:
@@ -89,21 +172,27 @@ def measured(config: Any, weight_dtype: str | None, disk: str) -> Rates:
     return Rates(machine, cached_calibration(config, weight_dtype, folder, machine))
 
 
-def read_rates(file: str) -> Rates:
-    """``{"machine": ..., "host": ...}``, as in what ``--json`` prints. Raises OffloadError."""
+def read_rates(name: str, dtype: str) -> Rates:
+    """Of a machine of the table, or of a file: its fields, or ``{"machine": ..., "host": ...}`` as
+    ``--json`` prints them under rates. Raises OffloadError.
+    """
+    found = read_machine(name)
+    found = found.get("rates", found)
+    if "host_memory" in found:
+        dtype = dtype if dtype in DTYPES else "bfloat16"
+        return rates_of(site_of(name, found, dtype), 4 if dtype == "float32" else 2)
     try:
-        found = json.loads(Path(file).expanduser().read_text())
-        found = found.get("rates", found)
         return Rates(Machine(**found["machine"]), Compute.from_dict(found["host"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise OffloadError(
-            f'plan: no rates in {file} ({error!r}); it should have {{"machine": ..., "host": ...}} '
-            "as offload plan --json prints them under rates"
+            f'plan: no rates in {name} ({error!r}); it should have {{"machine": ..., "host": ...}} '
+            "as offload plan --json prints them under rates, or the fields of docs/plan.md"
         ) from error
 
 
-def as_dict(policy: Policy, shape: Shape, rates: Rates, work: Workload) -> dict[str, Any]:
+def as_dict(found: Found, work: Workload) -> dict[str, Any]:
     """What ``--json`` prints: everything that was chosen, predicted and used. Units in names."""
+    policy, shape, rates = found.policy, found.shape, found.rates
     return {
         "task": "generate",
         "work": asdict(work),

@@ -18,6 +18,7 @@ from offload.runconfig import STATE_BYTES, TINY_MODEL, InputError, MemoryConfig,
 from offload.rundir import RunDirectory
 from offload.tiers.spec import format_size, parse_size
 from offload.tinymodel import tiny_config, train_tokenizer
+from offload.writable import check_writable, nearest
 
 WEIGHT_BYTES = 4  # at most, per parameter
 _CHECKPOINTS_AT_ONCE = 3  # two kept and one being written
@@ -40,8 +41,8 @@ class Job:
     factory: Callable[[], Any] | None
 
 
-def prepare(config: RunConfig, *, resume: bool) -> Job:
-    """Check every input, then read and pack the data.
+def prepare(config: RunConfig, *, resume: bool, dry: bool = False) -> Job:
+    """Check every input, then read and pack the data. ``dry``: nothing is written, no folder made.
 
     Raises InputError, one line with its remedy, for the first thing that cannot work.
     """
@@ -49,13 +50,13 @@ def prepare(config: RunConfig, *, resume: bool) -> Job:
     files = data.find_files(config.data.path)
     model_config = read_model_config(config.model)
     _check_length(model_config, config.data.seq_len)
-    check_spill_directory(config.memory)
-    rundir.open(resume=resume)
+    check_spill_directory(config.memory, dry=dry)
+    rundir.open(resume=resume, dry=dry)
     _check_output_space(rundir.root, model_config, config)
     records = list(data.read_records(files))
     if not records:
         raise InputError(f"no text in {config.data.path}; every file is empty")
-    tokenizer = _tokenizer(config, rundir, records, resume=resume)
+    tokenizer = _tokenizer(config, rundir, records, resume=resume, dry=dry)
     data.use_fallback_template(tokenizer, records)
     blocks = data.pack(records, tokenizer, config.data.seq_len, config.compute.seed)
     train, held_out = data.split(blocks, config.data)
@@ -121,23 +122,21 @@ def _check_length(model_config: Any, seq_len: int) -> None:
         )
 
 
-def check_spill_directory(memory: MemoryConfig) -> None:
-    """Raises InputError where nothing could be spilled there."""
+def check_spill_directory(memory: MemoryConfig, *, dry: bool = False) -> None:
+    """Raises InputError where nothing could be spilled there. ``dry``: no folder is made."""
     if memory.disk is None:
         return
     place = Path(memory.disk)
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        probe = place / ".writable"
-        probe.touch()
-        probe.unlink()
+        check_writable(place, dry=dry)
     except OSError as error:
         raise InputError(
             f"cannot write in the spill directory {place}: {error.strerror}; choose another --disk"
         ) from error
     if memory.disk_memory is None:
         return
-    wanted_bytes, free_bytes = parse_size(memory.disk_memory), shutil.disk_usage(place).free
+    wanted_bytes = parse_size(memory.disk_memory)
+    free_bytes = shutil.disk_usage(nearest(place)).free
     if wanted_bytes > free_bytes:
         raise InputError(
             f"--disk-memory is {format_size(wanted_bytes)}, but {place} has "
@@ -151,7 +150,7 @@ def _check_output_space(root: Path, model_config: Any, config: RunConfig) -> Non
     parameters = parameter_count(model_config)
     checkpoint_bytes = WEIGHT_BYTES + STATE_BYTES[config.optimizer.state_dtype]
     needed_bytes = int(parameters * (checkpoint_bytes * kept + WEIGHT_BYTES))
-    free_bytes = shutil.disk_usage(root).free
+    free_bytes = shutil.disk_usage(nearest(root)).free
     if needed_bytes > free_bytes:
         raise InputError(
             f"checkpoints and the model need up to {format_size(needed_bytes)} in {root}, which "
@@ -160,11 +159,13 @@ def _check_output_space(root: Path, model_config: Any, config: RunConfig) -> Non
 
 
 def _tokenizer(
-    config: RunConfig, rundir: RunDirectory, records: Sequence[data.Record], *, resume: bool
-) -> Any:
+    config: RunConfig, rundir: RunDirectory, records: Sequence[data.Record],
+    *, resume: bool, dry: bool,
+) -> Any:  # fmt: skip
     if config.model == TINY_MODEL and not (resume and rundir.tokenizer.is_dir()):
         tokenizer = train_tokenizer(records)
-        tokenizer.save_pretrained(rundir.tokenizer)
+        if not dry:
+            tokenizer.save_pretrained(rundir.tokenizer)
         return tokenizer
     return load_tokenizer(str(rundir.tokenizer) if config.model == TINY_MODEL else config.model)
 

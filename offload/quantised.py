@@ -126,10 +126,11 @@ def scratch_bytes(model: nn.Module) -> int:
 
 def quantise(
     model: nn.Module, form: Format, optimizer: Optimizer | None, allocate: Allocate,
-    say: Callable[[str], None],
+    say: Callable[[str], None], *, contents: bool = True,
 ) -> None:  # fmt: skip
     """Change every linear layer that ``candidates`` gives into a quantised one, one at a time.
 
+    Without ``contents`` codes are left undefined: for models that have no data either.
     Raises OffloadError, before anything is changed, when there is none; and naming the layer for
     weights that cannot be quantised (those before it are changed by then).
     """
@@ -147,7 +148,10 @@ def quantise(
     for name, layer in found:
         weight = layer.weight
         if weight not in done:
-            done[weight] = nn.Parameter(_packed(name, layer, form, allocate), requires_grad=False)
+            packed = allocate(_packed_shape(layer, form))
+            if contents:
+                _pack_into(packed, name, layer, form)
+            done[weight] = nn.Parameter(packed, requires_grad=False)
             before += weight.nbytes
             after += done[weight].nbytes
         _change(layer, done[weight], form, scratch)
@@ -178,8 +182,8 @@ def candidates(
 
 def packed_bytes(layer: Any, form: Format) -> int:
     """Bytes of a linear layer's weight once packed."""
-    rows, columns = _as_rows(layer).shape
-    return int(rows) * form.row_bytes(int(columns))
+    rows, row_bytes = _packed_shape(layer, form)
+    return rows * row_bytes
 
 
 def sizes_after(
@@ -191,16 +195,19 @@ def sizes_after(
         yield packed_bytes(changed[param], form) if param in changed else param.nbytes, name
 
 
-def _packed(name: str, layer: Any, form: Format, allocate: Allocate) -> Tensor:
+def _packed_shape(layer: Any, form: Format) -> tuple[int, int]:
+    rows, columns = _as_rows(layer).shape
+    return int(rows), form.row_bytes(int(columns))
+
+
+def _pack_into(packed: Tensor, name: str, layer: Any, form: Format) -> None:
     weight = _as_rows(layer)
     rows, columns = weight.shape
-    packed = allocate((rows, form.row_bytes(columns)))
     try:
         for part in blocks(rows, columns):
             packed[part].copy_(pack(weight[part], form))
     except ValueError as error:
         raise OffloadError(f"{name}.weight cannot be {form.name}: it has {error}") from error
-    return packed
 
 
 def _change(layer: Any, packed: nn.Parameter, form: Format, scratch: Scratch) -> None:

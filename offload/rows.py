@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from offload.runconfig import InputError
+from offload.settings import InputError
 
 
 class RowFile:
@@ -28,12 +28,12 @@ class RowFile:
 
     def __init__(self, path: Path, identity: Mapping[str, Any], known: Iterable[str | int]) -> None:
         self._path = path
-        self._about = path.with_name(path.name + ".run.json")
+        self._about = _about(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
         except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}; check --out") from error
+            raise InputError(f"cannot write {path}: {error.strerror}; check --output") from error
         try:
             self._lock()
             self.done = self._read(set(known))
@@ -64,55 +64,84 @@ class RowFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(
-                f"another process is writing {self._path}; wait for it, or give another --out"
+                f"another process is writing {self._path}; wait for it, or give another --output"
             ) from error
+
+    @staticmethod
+    def look(path: Path, identity: Mapping[str, Any], known: Iterable[str | int]) -> set[str | int]:
+        """The ids that opening the file would find, which is left as it is. Raises as opening."""
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; check --output") from error
+        done, _ = _whole_rows(path, data, set(known))
+        if done:
+            _check_same(path, identity)
+        return done
 
     def _read(self, known: set[str | int]) -> set[str | int]:
         """The ids that are there, after the torn end was cut off."""
         self._file.seek(0)
-        lines = self._file.read().splitlines(keepends=True)
-        done: set[str | int] = set()
-        whole_bytes = 0
-        for number, line in enumerate(lines, 1):
-            name = _id_of(line)
-            if name is None and number == len(lines):
-                break
-            if name is None or name not in known or name in done:
-                what = "is no row" if name is None else f"has the id {name!r}, "
-                why = "" if name is None else "twice" if name in done else "no prompt's"
-                raise InputError(
-                    f"{self._path}:{number} {what}{why}: the file is not of these prompts; give "
-                    "another --out"
-                )
-            done.add(name)
-            whole_bytes += len(line)
+        done, whole_bytes = _whole_rows(self._path, self._file.read(), known)
         self._file.truncate(whole_bytes)
         return done
 
     def _check(self, identity: dict[str, Any]) -> None:
         """Made with the same settings as what is there."""
-        if not self.done:
-            fresh = self._about.with_suffix(".tmp")
-            fresh.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
-            os.replace(fresh, self._about)
+        if self.done:
+            _check_same(self._path, identity)
             return
-        try:
-            before = json.loads(self._about.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        fresh = self._about.with_suffix(".tmp")
+        fresh.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+        os.replace(fresh, self._about)
+
+
+def _about(path: Path) -> Path:
+    return path.with_name(path.name + ".run.json")
+
+
+def _whole_rows(path: Path, data: bytes, known: set[str | int]) -> tuple[set[str | int], int]:
+    """The ids of the whole rows in a file, and how many bytes these take. Raises InputError."""
+    lines = data.splitlines(keepends=True)
+    done: set[str | int] = set()
+    whole_bytes = 0
+    for number, line in enumerate(lines, 1):
+        name = _id_of(line)
+        if name is None and number == len(lines):
+            break
+        if name is None or name not in known or name in done:
+            what = "is no row" if name is None else f"has the id {name!r}, "
+            why = "" if name is None else "twice" if name in done else "no prompt's"
             raise InputError(
-                f"{self._path} has rows, but {self._about.name}, which says how they were made, "
-                "cannot be read; give another --out"
-            ) from error
-        changed = [
-            f"{key} {before.get(key)!r} (now {identity.get(key)!r})"
-            for key in sorted(before.keys() | identity.keys())
-            if before.get(key) != identity.get(key)
-        ]
-        if changed:
-            raise InputError(
-                f"the rows in {self._path} were made with {', '.join(changed)}; go on with the "
-                "same, or give another --out"
+                f"{path}:{number} {what}{why}: the file is not of these prompts; give another "
+                "--output"
             )
+        done.add(name)
+        whole_bytes += len(line)
+    return done, whole_bytes
+
+
+def _check_same(path: Path, identity: Mapping[str, Any]) -> None:
+    """Raises InputError where the rows that are there were made otherwise."""
+    try:
+        before = json.loads(_about(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} has rows, but {_about(path).name}, which says how they were made, cannot be "
+            "read; give another --output"
+        ) from error
+    changed = [
+        f"{key} {before.get(key)!r} (now {identity.get(key)!r})"
+        for key in sorted(before.keys() | identity.keys())
+        if before.get(key) != identity.get(key)
+    ]
+    if changed:
+        raise InputError(
+            f"the rows in {path} were made with {', '.join(changed)}; go on with the same, or "
+            "give another --output"
+        )
 
 
 def _id_of(line: bytes) -> str | int | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -111,6 +112,27 @@ class Runtime:
                 "forced_evictions": engine.counters.forced_evictions,
             },
         }
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        task: str = "",
+        history: Mapping[str, Sequence[float | None]] | None = None,
+    ) -> None:
+        """Write what the last planned step did: where memory and time went, and what would help.
+
+        ``path`` ends in ``.html`` (a page that needs nothing else), ``.json`` (its data, see
+        docs/report-schema.md) or ``.trace.json`` (for ui.perfetto.dev). The first step of a run is
+        watched and the second follows a first plan: a report after five steps shows steady ones.
+        Making the advice plans the step anew a few times, which takes seconds for very large
+        models. ``task``: what to call it, without: "train" or "generate". ``history``: columns
+        ``step``, ``loss``, ``step_s``, ``tokens_per_s`` of a loop that kept them; without, the
+        seconds of planned steps. Raises OffloadError for another ending.
+        """
+        from offload.report import write_report
+
+        write_report(self, Path(path), task, history)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload.runconfig import InputError, RunConfig, to_yaml
+from offload.runconfig import InputError, RunConfig
+from offload.settings import to_yaml
+from offload.writable import check_writable
 
 KEPT_CHECKPOINTS = 2
 _STEP_NAME = re.compile(r"step-(\d+)")
@@ -27,6 +31,11 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """What the last planned step did, as data; ``offload report`` shows it."""
+        return self.root / "report.json"
 
     @property
     def tokenizer(self) -> Path:
@@ -51,16 +60,13 @@ class RunDirectory:
         for path in self.checkpoints()[KEPT_CHECKPOINTS:]:
             shutil.rmtree(path)
 
-    def open(self, *, resume: bool) -> None:
-        """Make the directory and try to write in it.
+    def open(self, *, resume: bool, dry: bool = False) -> None:
+        """Make the directory and try to write in it; ``dry``: only look whether that would work.
 
         Raises InputError if it cannot be written, or holds another run and ``resume`` is false.
         """
-        probe = self.root / ".writable"
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
+            check_writable(self.root, dry=dry)
         except OSError as error:
             raise InputError(
                 f"cannot write in {self.root}: {error.strerror}; choose another --output"
@@ -76,3 +82,15 @@ class RunDirectory:
         fresh = self.config.with_suffix(".tmp")
         fresh.write_text(to_yaml(config), encoding="utf-8")
         os.replace(fresh, self.config)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A fresh directory that takes the place of ``target`` when the block ends without error."""
+    fresh = target.with_name(target.name + ".partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    yield fresh
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(fresh, target)

@@ -10,6 +10,8 @@ from torch import nn
 
 from offload.errors import OffloadError
 from offload.prefetch.generation import RowCost, Shape, Weights
+from offload.runconfig import TINY_MODEL
+from offload.tinymodel import tiny_config
 
 LOGITS_COPIES = 4  # float32 scores, sorted, their order and their shares
 _BITS = {"int4": 4, "int8": 8}
@@ -21,8 +23,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 def read_config(place: str) -> Any:
     """The ``transformers`` configuration in a directory or config.json, or of a hub name.
 
-    Raises OffloadError where there is none.
+    ``tiny-llama-30m`` is the built-in one. Raises OffloadError where there is none.
     """
+    if place == TINY_MODEL:
+        return tiny_config()
     from transformers import AutoConfig
 
     try:

@@ -22,6 +22,8 @@ from offload.engine import Engine
 from offload.prefetch.plan import Plan
 from offload.prefetch.trace import Moment, Trace
 from offload.record import Follower, Recorder
+from offload.tape import Tape, meters_of
+from offload.tiers.lane import Meter
 from offload.trial import Trial, without_reading_ahead
 from offload.watch import Watch
 
@@ -65,6 +67,7 @@ class Track:
     trial: Trial = field(default_factory=Trial)
     part: str = ""  # of the model, which is called
     borrowed: bool = False  # trace and plan are another form's
+    tape: Tape | None = None  # of the last step that followed a plan
 
     @property
     def mode(self) -> Mode:
@@ -108,6 +111,8 @@ class _Step:
     kind: Kind
     mode: Mode
     ahead: bool = True  # whether it reads ahead
+    tape: Tape | None = None  # what it does
+    meters: dict[str, Meter] = field(default_factory=dict)  # of the lanes, when it began
 
 
 @dataclass(slots=True)
@@ -123,17 +128,19 @@ class Steps:
     ``tracks``: for inference, that of the form which was called last.
     """
 
-    def __init__(self, engine: Engine, plan_for: Planner | None, *, may_fit: bool = True) -> None:
+    def __init__(
+        self, engine: Engine, plan_for: Planner | None, *, may_fit: bool = True, tapes: bool = True
+    ) -> None:  # fmt: skip
         self.watch = Watch(lambda: engine.ledger.used_bytes + engine.ledger.held_bytes)
         self.tracks = {kind: Track() for kind in Kind}
         self.forms: OrderedDict[str, Track] = OrderedDict()  # of inference, latest call last
         self.constant_bytes = 0  # of memory that is not chunks: the same however inputs grow
         self._may_fit = may_fit
+        self.tapes = tapes  # whether planned steps are noted for the report
         self._engine = engine
         self._plan_for = plan_for
         self._step: _Step | None = None
         self._suspended: _Suspended | None = None
-        self._moved: dict[str, int] = {}
 
     @property
     def current(self) -> Kind | None:
@@ -153,6 +160,7 @@ class Steps:
             return self._mode(kind, call)
         if self._step is not None:
             engine = self._engine
+            self._stop_tape(self._step)
             self._suspended = _Suspended(self._step, engine.recorder, engine.follower)
             engine.settle()
         if kind is Kind.INFER:
@@ -161,14 +169,17 @@ class Steps:
         self._make_plan(kind)
         mode = self._mode(kind, call)
         self._step = _Step(kind, mode, ahead=mode is not Mode.REPLAY or track.trial.ahead)
-        self._moved = {n: lane.meter.moved_bytes for n, lane in self._engine.space.lanes.items()}
+        meters = self._step.meters = meters_of(self._engine)
         if mode is Mode.RECORD:
             self._engine.ledger.heap.slack_bytes = 0  # to see what the step cannot do without
             self.watch.start()
         # Where all fits inference moves nothing; a training step's update still follows its plan.
         still = mode is Mode.FITS and kind is Kind.INFER
         follower = None if still else track.following(ahead=self._step.ahead)
-        self._engine.begin(self._recorder(), follower)
+        recorder = self._recorder()
+        if self.tapes and mode is not Mode.RECORD:
+            self._step.tape = Tape(self._engine, recorder.began_s, meters, track.follower)
+        self._engine.begin(recorder, follower)
         return mode
 
     def end(self) -> None:
@@ -177,6 +188,10 @@ class Steps:
             return
         engine, step, track = self._engine, self._step, self.tracks[self._step.kind]
         engine.finish()
+        meters = meters_of(engine)
+        if step.tape is not None:
+            step.tape.end(meters)
+            track.tape = step.tape
         self.watch.stop()
         engine.ledger.heap.slack_bytes = self.watch.excess_bytes
         assert engine.recorder is not None
@@ -184,22 +199,22 @@ class Steps:
         trace = recorder.finish(tuple(c.size_bytes for c in engine.space.chunks))
         track.steps += 1
         if step.mode is not Mode.RECORD:
-            self._time(track, step, time.perf_counter() - recorder.began_s)
+            self._time(track, step, time.perf_counter() - recorder.began_s, meters)
         elif step.kind is Kind.INFER:
             trace = _roomier(trace, engine.ledger.capacity_bytes, self.constant_bytes)
         if step.mode is not Mode.FITS and step.ahead:  # without hooks it shows the update alone
             self._learn(track, trace, watched=step.mode is Mode.RECORD)
         self._resume()
 
-    def _time(self, track: Track, step: _Step, step_s: float) -> None:
+    def _time(self, track: Track, step: _Step, step_s: float, meters: dict[str, Meter]) -> None:
         """Note how long a replayed step took, and what it moved."""
         if step.kind is Kind.INFER and step.mode is Mode.REPLAY and track.follower is not None:
             track.trial.note(step_s, track.follower.plan.forecast.step_s)
         if step.ahead is not track.trial.ahead:
             return  # it was a try that is not taken up
         track.replayed_s.append(step_s)
-        for name, lane in self._engine.space.lanes.items():
-            track.replayed_bytes[name].append(lane.meter.moved_bytes - self._moved[name])
+        for name, then in step.meters.items():
+            track.replayed_bytes[name].append(meters[name].moved_bytes - then.moved_bytes)
 
     def _form(self, call: Call) -> Track:
         """The track of a call's form; a new one begins with what is known of the one before."""
@@ -236,13 +251,23 @@ class Steps:
         """Record the next step of this kind anew: it will touch other things."""
         if kind is Kind.INFER:
             self.forms.clear()
-        self.tracks[kind] = Track(steps=self.tracks[kind].steps)
+        before = self.tracks[kind]
+        self.tracks[kind] = Track(steps=before.steps, tape=before.tape)
 
     def _recorder(self) -> Recorder:
         stall_s = self._engine.counters.stall_s
         return Recorder(lambda: sum(stall_s.values()))
 
+    @staticmethod
+    def _stop_tape(step: _Step) -> None:
+        """It has ended already, or the step is interrupted, and is no example."""
+        if step.tape is not None:
+            step.tape.give_up()
+            step.tape = None
+
     def _resume(self) -> None:
+        if self._step is not None:
+            self._stop_tape(self._step)
         before, self._suspended = self._suspended, None
         self._step = before.step if before else None
         self._engine.recorder = before.recorder if before else None

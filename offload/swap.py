@@ -22,6 +22,7 @@ from torch import Tensor
 
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError, SpillError
+from offload.ledger import Other
 from offload.saved import Saved
 from offload.tiers import vm
 from offload.tiers.disk import Disk, DiskFull, SpillFile
@@ -158,14 +159,16 @@ class SwapArea:
             return
         for _ in range(STAGES):
             vm.release(self._stages.get(), self.stage_bytes)
-        self.engine.ledger.give_other(STAGES * self.stage_bytes)
+        self.engine.ledger.give_other(STAGES * self.stage_bytes, Other.STAGING)
         self._disk.close()
         self._disk = None
 
     def _open(self) -> None:
         if self._disk is not None:
             return
-        self.engine.take_other(STAGES * self.stage_bytes, "staging for swapped activations")
+        self.engine.take_other(
+            STAGES * self.stage_bytes, "staging for swapped activations", Other.STAGING
+        )
         self._disk = self._storage.open()
         for _ in range(STAGES):
             stage = vm.reserve(self.stage_bytes)
@@ -292,7 +295,7 @@ class Parked:
         engine, start_s = self._area.engine, time.perf_counter()
         try:
             engine.space.lanes[lane].wait(ticket)
-            engine.counters.stall_s[lane] += time.perf_counter() - start_s
+            engine.waited(lane, TICKET_ID, start_s)
         except OSError as error:
             raise SpillError(
                 f"a saved activation could not be {how} the spill file: {error}"

@@ -14,6 +14,7 @@ from offload.optim.mirror import OptimizerProfile
 from offload.optim.mixed import Mixed
 from offload.optim.state import Segment, UpdateGroup
 from offload.prefetch.trace import Access, Need, Phase
+from offload.tape import Mark
 from offload.tiers import vm
 from offload.tiers.home import Backing, Region
 
@@ -83,6 +84,8 @@ class UpdateStore:
             self._engine.need(self.phase, live)
 
     def leave(self, group: UpdateGroup) -> None:
+        if self._engine.tape is not None:
+            self._engine.tape.mark(Mark.UPDATED)
         # The needs were WRITE: the engine takes these chunks for modified already. What is left
         # of a first step is the temporaries in which state was made; malloc would keep them.
         if self._engine.follower is None:

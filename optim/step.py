@@ -121,6 +121,11 @@ class ChunkedStep:
         """How state is stored."""
         return self._homes.narrowing
 
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are clipped on their way through the update."""
+        return self._clip is not None
+
     def widen_state(self) -> None:
         """Give the optimizer plain state of its own dtypes; all of it must fit in memory."""
         widen_state(self.narrowing, self._optimizer)

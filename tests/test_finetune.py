@@ -22,7 +22,8 @@ from offload.errors import CheckpointError, OffloadError
 from offload.finetune import Outcome, finetune, lr_factor, make_optimizer
 from offload.metrics import StepReport
 from offload.progress import PlainProgress
-from offload.runconfig import InputError, MemoryConfig, RunConfig, build_config, read_yaml
+from offload.runconfig import InputError, MemoryConfig, RunConfig, build_config
+from offload.settings import read_yaml
 from tests.tiny import WORDS, tiny_run, write_tiny_model
 
 
@@ -84,6 +85,9 @@ class InMemoryRuntime:
     def export(self, directory: Path) -> None:
         self._model.save_pretrained(directory)
 
+    def report(self, path: Path, *, task: str, history: Any) -> None:
+        path.write_text(json.dumps({"task": task, "history": history}))
+
     def close(self) -> None:
         pass
 
@@ -126,6 +130,9 @@ class StopAt(PlainProgress):
             signal.raise_signal(signal.SIGINT)
 
     def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def warn(self, text: str) -> None:
         self.notes.append(text)
 
 
@@ -207,7 +214,7 @@ def test_metrics_and_checkpoints_are_as_promised(config: RunConfig) -> None:
 
 def test_the_written_configuration_reproduces_the_run(config: RunConfig) -> None:
     _run(config)
-    again = build_config(read_yaml(Path(config.output) / "config.yaml"))
+    again = build_config(read_yaml(Path(config.output) / "config.yaml", RunConfig))
     assert again == config
     other = replace(again, output=config.output + "-again")
     _run(other)

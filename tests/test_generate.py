@@ -20,7 +20,7 @@ from offload.steps import FORMS, Kind, Mode
 from offload.tiers.home import Backing
 from offload.tiers.spec import KIB, MIB, Machine
 from offload.trial import STEPS, TRIES, Trial
-from tests.conftest import MACHINE, ZOO, Manager
+from tests.conftest import CHUNK_BYTES, MACHINE, ZOO, Manager
 
 NEW_TOKENS = 7
 
@@ -222,14 +222,14 @@ def test_weights_written_between_tokens(manage: Manager) -> None:
 
 def test_the_next_tokens_first_chunks_are_on_their_way(manage: Manager) -> None:
     model = _build("llama")
-    run = manage(model, host_bytes=_small(model))
+    run = manage(model, host_bytes=_small(model) + 6 * CHUNK_BYTES)
     in_flight = []
 
     def look(ids: Tensor, scores: Tensor) -> Tensor:
         in_flight.append([c.id for c in run.parts.engine.space.loads()])
         return scores
 
-    _generate(model, logits_processor=[look], max_new_tokens=12)
+    _generate(model, logits_processor=[look], max_new_tokens=16)
     planned = run.parts.steps.forms["decode 2"]
     assert planned.follower is not None
     assert any(in_flight[4:]), "the drive idles between tokens"

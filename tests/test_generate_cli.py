@@ -40,7 +40,7 @@ def prompts(tmp_path: Path) -> Path:
 
 def options(model: Path, prompts: Path, out: Path, *more: str) -> list[str]:
     return [
-        "generate", "--model", str(model), "--prompts", str(prompts), "--out", str(out),
+        "generate", "--model", str(model), "--prompts", str(prompts), "--output", str(out),
         "--host-memory", "64MiB", "--max-new-tokens", "6", *more,
     ]  # fmt: skip
 
@@ -72,13 +72,13 @@ def test_rows_are_written_with_progress_and_a_second_run_does_the_rest(
     run: Run, model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "deep" / "rows.jsonl"
-    told = options(model, prompts, out, "--temperature", "1.0", "--seed", "3", "--batch", "2")
+    told = options(model, prompts, out, "--temperature", "1.0", "--seed", "3", "--batch-size", "2")
     assert run([*told, "--json"]) == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     steps = [e for e in events if e["event"] == "step"]
     assert steps[-1]["rows"] == steps[-1]["total"] == len(TEXTS)
     assert steps[-1]["tokens_per_s"] > 0
-    assert events[-1] == {"event": "done", "rows": 6, "total": 6, "out": str(out)}
+    assert events[-1] == {"event": "done", "rows": 6, "total": 6, "output": str(out)}
     whole = rows(out)
     assert set(whole) == {f"p{i}" for i in range(len(TEXTS))}
     assert all(set(r) == {"id", "text", "tokens", "finish_reason"} for r in whole.values())
@@ -86,7 +86,7 @@ def test_rows_are_written_with_progress_and_a_second_run_does_the_rest(
 
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:3]) + lines[3][:20])  # the fourth is torn
-    assert run([*told[:-2], "--batch", "1"]) == 0
+    assert run([*told[:-2], "--batch-size", "1"]) == 0
     assert "3 of them done before" in capsys.readouterr().out
     assert rows(out) == whole
     assert run(told) == 0
@@ -159,7 +159,7 @@ def test_bad_prompts_are_named_before_the_model_is_loaded(
         (["--temperature", "-1"], "temperature must be"),
         (["--top-p", "0"], "top_p must be"),
         (["--stop", ""], "stop string is empty"),
-        (["--micro-batches", "2"], "needs --batch"),
+        (["--micro-batches", "2"], "give --batch-size"),
         (["--dtype", "int3"], "dtype must be one of"),
         (["--model", "nowhere/at/all"], "no model directory"),
         (["--model", "tiny-llama-30m"], "random weights"),
@@ -204,7 +204,7 @@ def test_the_rows_after_kill_9_are_those_of_a_run_that_was_not_killed(
         tmp_path / "prompts.jsonl", [{"prompt": f"{TEXTS[i % 6]} {i}"} for i in range(40)]
     )
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    told = ["--temperature", "0.9", "--batch", "1", "--micro-batches", "2"]
+    told = ["--temperature", "0.9", "--batch-size", "1", "--micro-batches", "2"]
     assert run(options(model, asked, whole, *told)) == 0
     process = subprocess.Popen(
         [sys.executable, "-c", "from offload.cli import main; main()",
@@ -237,7 +237,7 @@ def test_a_signal_ends_the_run_after_its_step(
 
     with monkeypatch.context() as patch:
         patch.setattr(RowFile, "append", interrupted)
-        assert run(options(model, prompts, out, "--batch", "2")) == 128 + signal.SIGINT
+        assert run(options(model, prompts, out, "--batch-size", "2")) == 128 + signal.SIGINT
     assert "run the same command again" in capsys.readouterr().out
     assert 0 < len(rows(out)) < len(TEXTS)
     assert run(options(model, prompts, out)) == 0

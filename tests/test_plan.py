@@ -67,7 +67,8 @@ def test_the_command_can_be_read_by_programs_and_people(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = ["plan", "--task", "generate", "--model", a_model(tmp_path), "--host-memory", "14MiB",
-             "--machine", rates(tmp_path), "--prompts", "4", "--new-tokens", "8"]  # fmt: skip
+             "--machine", rates(tmp_path), "--prompt-count", "4",
+             "--max-new-tokens", "8"]  # fmt: skip
     assert run(monkeypatch, *asked, "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert said["policy"]["weights"]["disk"] > 0
@@ -83,7 +84,7 @@ def test_the_command_can_be_read_by_programs_and_people(
 
 
 REFUSED = [
-    (["--task", "finetune"], "not there yet"),
+    (["--task", "sleep"], "no task"),
     (["--host-memory", "1MiB"], "--host-memory (at least"),
     (["--weight-dtype", "int3"], "give one of"),
     (["--machine", "none.json"], "no rates in"),

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 import offload
+from offload.config import Tuning
 from offload.errors import BudgetError, OffloadError
 from offload.tiers import vm
 from offload.tiers.disk import SpillFile
 from offload.tiers.spec import KIB
+from tests.conftest import MACHINE
 
 if TYPE_CHECKING:
     from tests.conftest import Life, Manager, Numbers, Twins, Zoo
@@ -101,6 +103,22 @@ def test_full_disk_at_wrap_is_refused_before_anything_moves(twins: Twins, tmp_pa
     assert [p.data_ptr() for p in life.params] == addresses
     assert list(tmp_path.iterdir()) == []
     life.steps(1)
+
+
+def test_budgets_are_not_given_twice(tmp_path: Path) -> None:
+    tuning = Tuning(machine=MACHINE)
+    made = offload.init(
+        lambda: nn.Linear(64, 64), host_memory="1MiB", disk=tmp_path, tuning=tuning
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(made.parameters())
+    with pytest.raises(OffloadError, match=r"leave host_memory, disk out of wrap\(\)"):
+        offload.wrap(made, optimizer, host_memory="2MiB", disk=tmp_path)
+    around = nn.Sequential(made)
+    offload.wrap(around, optimizer, tuning=tuning)  # taken over, with what was put around it
+    assert offload.runtime(around).stats()["tiers"]["host"]["budget_bytes"] == 1 << 20
+    with pytest.raises(OffloadError, match="managed already"):
+        offload.wrap(nn.Sequential(around), optimizer)
+    offload.runtime(around).close()
 
 
 def refused(

@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 
-from offload.cli import FLAGS, effective_config
+from offload.finetune_cli import effective_config
+from offload.generateconfig import GenerateConfig, build_generate
 from offload.runconfig import (
     PRETRAINED_LR,
     RANDOM_INIT_LR,
-    InputError,
+    RunConfig,
     build_config,
-    key_paths,
-    read_yaml,
-    to_yaml,
     with_absolute_paths,
 )
+from offload.settings import InputError, flags_of, key_paths, read_yaml, to_yaml
 
 
 def test_yaml_round_trip_is_equal(tmp_path: Path) -> None:
@@ -34,13 +33,13 @@ def test_yaml_round_trip_is_equal(tmp_path: Path) -> None:
     )
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
-    assert build_config(read_yaml(path)) == config
+    assert build_config(read_yaml(path, RunConfig)) == config
 
 
 def test_exponent_without_dot_is_a_number(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("optimizer:\n  lr: 1e-4\n")
-    assert build_config(read_yaml(path)).optimizer.lr == 1e-4
+    assert build_config(read_yaml(path, RunConfig)).optimizer.lr == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -81,7 +80,7 @@ def test_bad_yaml_names_the_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(InputError, match=r"broken\.yaml"):
-        read_yaml(path)
+        read_yaml(path, RunConfig)
 
 
 def test_defaults_follow_the_model_and_steps() -> None:
@@ -119,5 +118,48 @@ def test_absolute_paths_leave_hub_names_alone(
     assert replace(absolute, output="x", model="m") != config
 
 
-def test_every_key_has_a_flag_and_no_other() -> None:
-    assert sorted(FLAGS.values()) == sorted(key_paths())
+@pytest.mark.parametrize("owner", [RunConfig, GenerateConfig])
+def test_every_key_has_a_flag_and_no_other(owner: type) -> None:
+    assert sorted(flags_of(owner).values()) == sorted(key_paths(owner))
+
+
+def test_keys_that_both_commands_have_are_the_same() -> None:
+    ours, theirs = flags_of(RunConfig), flags_of(GenerateConfig)
+    shared = ours.keys() & theirs.keys()
+    assert {"model", "output", "batch_size", "dtype", "seed", "disk", "host_memory"} <= shared
+    assert {k: ours[k] for k in shared} == {k: theirs[k] for k in shared}
+
+
+ROWS = {"model": "org/name", "output": "rows.jsonl", "data.prompts": "p.jsonl"}
+
+
+def test_generate_round_trips_and_takes_one_stop_or_several(tmp_path: Path) -> None:
+    config = build_generate(ROWS | {"sampling.stop": ["a", "b"], "memory.host_memory": "2GiB"})
+    path = tmp_path / "rows.yaml"
+    path.write_text(to_yaml(config))
+    assert build_generate(read_yaml(path, GenerateConfig)) == config
+    assert config.sampling.stop == ("a", "b")
+    assert build_generate(ROWS | {"sampling.stop": "a"}).sampling.stop == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({"data.prompts": None}, ["data.prompts must be text"]),
+        ({"sampling.stop": 3}, ["sampling.stop", "text", "3"]),
+        ({"sampling.temprature": 1.0}, ["did you mean 'sampling.temperature'"]),
+        ({"data.micro_batches": 2}, ["needs data.batch_size", "--batch-size"]),
+        ({"data.batch_size": 0}, ["data.batch_size", "at least 1"]),
+        ({"memory.disk_memory": "1GiB"}, ["--disk"]),
+    ],
+)
+def test_bad_settings_of_generate_are_named(changed: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        build_generate(ROWS | changed)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_what_is_missing_is_asked_for_by_its_flag_and_key() -> None:
+    with pytest.raises(InputError, match=r"data\.prompts is missing: give --prompts, or"):
+        build_generate({"model": "m", "output": "o"})

@@ -184,6 +184,12 @@ class DeviceArena(FramePool):
     def assign(self, frame: Frame, owner: int) -> None:
         """Note who uses a frame, so that a tensor found in it can be told apart."""
         self._owners[frame.address] = owner
+        if self.seen is not None:
+            self.seen(owner, frame.size_bytes)
+
+    def owners(self) -> list[int]:
+        """Who uses each frame that is not idle, those that are only viewed still among them."""
+        return list(self._owners.values())
 
     def owner_of(self, tensor: Tensor) -> int | None:
         """Who uses the frame under a tensor; None when the tensor is not in the arena."""
@@ -242,15 +248,16 @@ class DeviceArena(FramePool):
             self.trim()
 
     def _rest(self, frame: Frame) -> None:
-        self._owners.pop(frame.address, None)
+        owner = self._owners.pop(frame.address, None)
         if self.poison:
             with torch.inference_mode(False):
                 self.memory.over(frame.address, frame.size_bytes, None).fill_(POISON_BYTE)
         self.memory.retire(frame.address)
         self._idle[frame.size_bytes].append(frame)
         self.idle_bytes += frame.size_bytes
+        if self.seen is not None and owner is not None:
+            self.seen(owner, -frame.size_bytes)
 
     def _free(self, frame: Frame) -> None:
         self.memory.free(frame.address, frame.size_bytes)
-        self.idle_bytes -= frame.size_bytes
-        self.total_bytes -= frame.size_bytes
+        self._freed(frame)

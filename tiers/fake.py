@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import time
+from collections import deque
 from collections.abc import Callable
 
-from offload.tiers.lane import Meter, Ticket
+from offload.tiers.lane import SPANS_KEPT, Meter, Span, Ticket, numbered
 
 
 class AdversarialLane:
@@ -16,6 +18,7 @@ class AdversarialLane:
 
     def __init__(self, seed: int) -> None:
         self.meter = Meter()
+        self.spans: deque[Span] = deque(maxlen=SPANS_KEPT)
         self._random = random.Random(seed)
         self._held: list[tuple[Ticket, Callable[[], int], int]] = []
 
@@ -29,12 +32,17 @@ class AdversarialLane:
             self._run_one()
         ticket.wait()
 
+    def between(self, first: int, last: int) -> list[Span]:
+        return numbered(self.spans, self.meter.transfers, first, last)
+
     def close(self) -> None:
         while self._held:
             self._run_one()
 
     def _run_one(self) -> None:
         ticket, work, size_bytes = self._held.pop(self._random.randrange(len(self._held)))
+        start_s = time.perf_counter()
         ticket.run(work)
         self.meter.moved_bytes += size_bytes
         self.meter.transfers += 1
+        self.spans.append((ticket.chunk, start_s, time.perf_counter(), size_bytes))

@@ -7,6 +7,7 @@ is inside the lane's worker.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from offload.tiers import vm
@@ -26,6 +27,8 @@ class FramePool:
     """Owns all frames of the host tier; ``total_bytes`` is what they really hold.
 
     ``poison``: fill every frame that comes back, so that a late reader sees NaN (for tests).
+    ``seen`` is told, while somebody records, whose frame came or went: chunk (-1: nobody's, it was
+    freed) and bytes.
     """
 
     def __init__(self, *, poison: bool = False) -> None:
@@ -33,6 +36,7 @@ class FramePool:
         self.idle_bytes = 0
         self.huge_pages = True
         self.poison = poison
+        self.seen: Callable[[int, int], None] | None = None
         self._idle: defaultdict[int, list[Frame]] = defaultdict(list)
 
     def has_idle(self, size_bytes: int) -> bool:
@@ -66,5 +70,10 @@ class FramePool:
 
     def _free(self, frame: Frame) -> None:
         vm.release(frame.address, frame.size_bytes)
+        self._freed(frame)
+
+    def _freed(self, frame: Frame) -> None:
         self.idle_bytes -= frame.size_bytes
         self.total_bytes -= frame.size_bytes
+        if self.seen is not None:
+            self.seen(-1, -frame.size_bytes)

@@ -153,6 +153,7 @@ class HomeSpace:
         assert chunk.backing is Backing.FILE
         assert chunk.loading is None
         chunk.frame = self.pool.take(chunk.size_bytes)
+        self._saw(chunk, chunk.size_bytes)
         chunk.loading = Ticket(chunk.id)
         self._look_for_foreign_writes()
         self._loads[chunk.id] = chunk
@@ -187,6 +188,7 @@ class HomeSpace:
         assert chunk.backing is not Backing.RAM
         assert chunk.loading is None
         chunk.frame = self.pool.take(chunk.size_bytes)
+        self._saw(chunk, chunk.size_bytes)
         vm.move_pages(chunk.frame.address, chunk.address, chunk.size_bytes)
         chunk.backing, chunk.dirty = Backing.RAM, True
 
@@ -229,12 +231,17 @@ class HomeSpace:
         if chunk.sparse:
             vm.expect_sparse_reads(chunk.address, chunk.size_bytes)
         self.pool.give(chunk.frame)
+        self._saw(chunk, -chunk.size_bytes)
         chunk.backing = Backing.VOID if dead else Backing.FILE
         chunk.frame, chunk.dirty = None, False
 
     def loads(self) -> list[Chunk]:
         """Chunks whose read is in flight or done but not installed, in the order of issue."""
         return list(self._loads.values())
+
+    def held(self) -> list[int]:
+        """The chunk of each frame that is in use."""
+        return [c.id for c in self.chunks if c.frame is not None]
 
     def abandon_load(self, chunk: Chunk) -> None:
         """Give up a prefetched copy that is not wanted after all."""
@@ -246,6 +253,7 @@ class HomeSpace:
     def _end_load(self, chunk: Chunk) -> None:
         assert chunk.frame is not None
         self.pool.give(chunk.frame)
+        self._saw(chunk, -chunk.size_bytes)
         chunk.loading = chunk.frame = None
         del self._loads[chunk.id]
 
@@ -259,6 +267,10 @@ class HomeSpace:
                 self.disk.close()
 
     # -- inside -----------------------------------------------------------------------------
+
+    def _saw(self, chunk: Chunk, size_bytes: int) -> None:
+        if self.pool.seen is not None:
+            self.pool.seen(chunk.id, size_bytes)
 
     def _reading(self, chunk: Chunk) -> Callable[[], int]:
         disk, frame = self.disk, chunk.frame

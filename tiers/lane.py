@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 
@@ -58,6 +59,10 @@ class Meter:
         return Meter(self.moved_bytes, self.transfers, self.busy_s)
 
 
+Span = tuple[int, float, float, int]  # a transfer: chunk, start and end in seconds, bytes
+SPANS_KEPT = 65536
+
+
 class Lane(Protocol):
     """What the engine knows of a lane."""
 
@@ -71,9 +76,19 @@ class Lane(Protocol):
         """Block until this ticket is done; raises its error."""
         ...
 
+    def between(self, first: int, last: int) -> list[Span]:
+        """Transfers ``first`` to ``last`` - 1, as the meter counts them: those still known."""
+        ...
+
     def close(self) -> None:
         """Finish what is queued and stop the workers."""
         ...
+
+
+def numbered(spans: deque[Span], count: int, first: int, last: int) -> list[Span]:
+    """Those of these numbers, where ``spans`` ends with number ``count`` - 1."""
+    tail = list(islice(reversed(spans), count - last, count - first))
+    return tail[::-1]
 
 
 class ThreadLane:
@@ -81,7 +96,7 @@ class ThreadLane:
 
     def __init__(self, name: str, workers: int) -> None:
         self.meter = Meter()
-        self.spans: deque[tuple[int, float, float]] = deque(maxlen=65536)
+        self.spans: deque[Span] = deque(maxlen=SPANS_KEPT)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"offload-{name}")
         self._lock = threading.Lock()
         self._active = 0
@@ -92,6 +107,10 @@ class ThreadLane:
 
     def wait(self, ticket: Ticket) -> None:
         ticket.wait()
+
+    def between(self, first: int, last: int) -> list[Span]:
+        with self._lock:
+            return numbered(self.spans, self.meter.transfers, first, last)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
@@ -110,4 +129,4 @@ class ThreadLane:
             self.meter.transfers += 1
             if self._active == 0:
                 self.meter.busy_s += end_s - self._active_since_s
-        self.spans.append((ticket.chunk, start_s, end_s))
+            self.spans.append((ticket.chunk, start_s, end_s, size_bytes))

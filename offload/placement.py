@@ -1,0 +1,214 @@
+"""Where everything of a run would stand, told from shapes alone: for ``--dry-run``.
+
+The model is built without data. Chunk sizes, layouts and refusals come from the functions that
+``offload.wrap`` calls, so what is refused here would be refused there, in the same words. What
+activations take is not known before a step has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from offload.bind import choose_chunks, family_keys, lay_out_family, mirrors_of
+from offload.config import Given, understand
+from offload.errors import SpillError
+from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
+from offload.optim.learn import learn
+from offload.optim.mirror import OptimizerProfile
+from offload.optim.narrow import Narrowing
+from offload.quantised import scratch_bytes
+from offload.room import refuse_without_room, too_small
+from offload.runconfig import MemoryConfig
+from offload.tiers.layout import Layout
+from offload.tiers.spec import format_size
+from offload.writable import nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One kind of state: ``payload_bytes`` of elements, ``placed_bytes`` with what chunks pad.
+
+    ``chunk_bytes``: of the largest chunk.
+    """
+
+    name: str
+    payload_bytes: int = 0
+    placed_bytes: int = 0
+    chunks: int = 0
+    chunk_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """``host_bytes``: the budget; ``fixed_bytes``: of it, what is no chunk and never moves.
+
+    ``disk``: None, or the folder whose spill file has room for all chunks.
+    """
+
+    parts: tuple[Part, ...]
+    host_bytes: int
+    fixed_bytes: int
+    disk: str | None
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all chunks."""
+        return sum(part.placed_bytes for part in self.parts)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of the largest chunk."""
+        return max((part.chunk_bytes for part in self.parts), default=0)
+
+    @property
+    def most_host_bytes(self) -> int:
+        """Of chunks that memory holds at once, if activations took nothing."""
+        return min(self.total_bytes, max(self.host_bytes - self.fixed_bytes, 0))
+
+    @property
+    def least_disk_bytes(self) -> int:
+        """Of chunks that are on disk alone, at any time."""
+        return self.total_bytes - self.most_host_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {
+            "chunk_bytes": self.chunk_bytes,
+            "spill_bytes": self.total_bytes if self.disk else 0,
+            "most_host_bytes": self.most_host_bytes,
+            "least_disk_bytes": self.least_disk_bytes,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The same for people."""
+        yield f"{'':18}{'bytes':>12}{'in chunks':>14}{'chunks':>8}"
+        for part in self.parts:
+            yield (
+                f"{part.name:18}{format_size(part.payload_bytes):>12}"
+                f"{format_size(part.placed_bytes):>14}{part.chunks:>8,}"
+            )
+        yield (
+            f"chunks of at most {format_size(self.chunk_bytes)}, "
+            f"{format_size(self.total_bytes)} in all"
+        )
+        yield (
+            f"host: budget {format_size(self.host_bytes)}, {format_size(self.fixed_bytes)} of it "
+            f"fixed; at most {format_size(self.most_host_bytes)} of chunks, less what "
+            "activations take (known after the first step)"
+        )
+        if self.disk is None:
+            yield "disk: not used"
+            return
+        yield (
+            f"disk: a spill file of {format_size(self.total_bytes)} in {self.disk}; at least "
+            f"{format_size(self.least_disk_bytes)} are there alone"
+        )
+
+
+def empty_model(model_config: Any, dtype: torch.dtype | None) -> nn.Module:
+    """A causal model of this configuration without data. ``dtype`` None: the configuration's."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = dtype or getattr(model_config.get_text_config(), "dtype", None) or torch.float32
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    return model
+
+
+def place(
+    model: nn.Module,
+    memory: MemoryConfig,
+    optimizer: Optimizer | None = None,
+    state_dtype: str | None = None,
+) -> Placement:
+    """Where a model without data, and what its optimizer keeps, would stand within these budgets.
+
+    Raises BudgetError and SpillError for budgets that ``offload.wrap`` would refuse.
+    """
+    given = understand(memory.host_memory, memory.disk, memory.disk_memory, memory.device_memory)
+    host_bytes = given.budget.host_bytes
+    learnt, narrowing = learn(optimizer, state_dtype)
+    chunk_bytes, copies = choose_chunks(host_bytes, learnt, narrowing)
+    sizes = ((p.numel() * p.element_size(), n) for n, p in model.named_parameters())
+    refuse_without_room(sizes, given, chunk_bytes, copies)
+    parts = _merged(_parts(model, learnt, narrowing, chunk_bytes))
+    total_bytes = sum(part.placed_bytes for part in parts)
+    fixed_bytes = sum(b.numel() * b.element_size() for b in model.buffers()) + scratch_bytes(model)
+    fixed_bytes += _loose_state_bytes(learnt, narrowing)
+    least_bytes = fixed_bytes + (0 if given.disk else total_bytes)
+    if host_bytes < least_bytes:
+        raise too_small(given, least_bytes, "weights, gradients and optimizer state")
+    _check_disk(given, total_bytes)
+    if given.disk:
+        fixed_bytes += kept_bytes_for(host_bytes) - FREE_KEPT_BYTES
+    disk = str(given.disk) if given.disk else None
+    return Placement(parts, host_bytes, fixed_bytes, disk)
+
+
+def _parts(
+    model: nn.Module, learnt: OptimizerProfile | None, narrowing: Narrowing, chunk_bytes: int
+) -> Iterator[Part]:
+    trained = {p for p in learnt.params if p.requires_grad} if learnt is not None else set()
+    for (dtype, is_trained, _), named in family_keys(model, trained).items():
+        mirrors = mirrors_of(named, learnt, narrowing)
+        numels = [p.numel() for _, p in named]
+        layout, of_state = lay_out_family(numels, dtype.itemsize, mirrors, chunk_bytes)
+        yield _part("weights", layout, dtype.itemsize)
+        if is_trained:
+            yield _part("gradients", layout, dtype.itemsize)
+            for name, mirror in mirrors.items():
+                yield _part("optimizer state", of_state[name], mirror.dtype.itemsize)
+
+
+def _part(name: str, layout: Layout, itemsize: int) -> Part:
+    payload = sum(layout.numels) * itemsize
+    chunk_bytes = min(layout.chunk_elements, layout.total_elements) * itemsize
+    placed_bytes = layout.total_elements * itemsize
+    return Part(name, payload, placed_bytes, layout.chunks, chunk_bytes)
+
+
+def _merged(parts: Iterator[Part]) -> tuple[Part, ...]:
+    found: dict[str, Part] = {}
+    for part in parts:
+        old = found.get(part.name, Part(part.name))
+        found[part.name] = Part(
+            part.name, old.payload_bytes + part.payload_bytes,
+            old.placed_bytes + part.placed_bytes, old.chunks + part.chunks,
+            max(old.chunk_bytes, part.chunk_bytes),
+        )  # fmt: skip
+    return tuple(found.values())
+
+
+def _loose_state_bytes(learnt: OptimizerProfile | None, narrowing: Narrowing) -> int:
+    """Optimizer state that mirrors no weights: counters, factored moments."""
+    return sum(
+        tensor.size_bytes
+        for param, what in (learnt.params.items() if learnt else ())
+        for tensor in what.state
+        if tensor.name not in narrowing.of(param) and tensor.shape != tuple(param.shape)
+    )
+
+
+def _check_disk(given: Given, spill_bytes: int) -> None:
+    if given.disk is None:
+        return
+    limit_bytes = given.budget.disk_bytes
+    if limit_bytes is not None and spill_bytes > limit_bytes:
+        raise SpillError(
+            f"disk_memory is {format_size(limit_bytes)} but the spill file needs "
+            f"{format_size(spill_bytes)}"
+        )
+    free_bytes = psutil.disk_usage(str(nearest(Path(given.disk)))).free
+    if spill_bytes > free_bytes:
+        raise SpillError(
+            f"{given.disk} has {format_size(free_bytes)} free but the spill file needs "
+            f"{format_size(spill_bytes)}; choose another disk=... folder or a larger host_memory"
+        )

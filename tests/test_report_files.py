@@ -1,0 +1,169 @@
+"""The report as files: trace events that viewers take, the command, a fine-tuning run's own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from offload import cli
+from offload.errors import OffloadError
+from offload.finetune import OffloadEngine, finetune
+from offload.metrics import StepReport
+from offload.progress import PlainProgress
+from offload.report import report_data
+from offload.report_files import render, rendered
+from offload.report_trace import ORDER
+from offload.rundir import RunDirectory
+from offload.runreport import history_of, read_report, report_run
+from tests.conftest import adamw
+from tests.test_finetune_managed import TUNING
+from tests.test_report import HOST_BYTES, steps
+from tests.tiny import tiny_run, write_tiny_model
+
+if TYPE_CHECKING:
+    from tests.conftest import Manager, Zoo
+
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def data(zoo: Zoo, manage: Manager) -> dict[str, Any]:
+    """Of a small run from disk."""
+    model: Any = zoo.build("llama")
+    optimizer = adamw(list(model.parameters()))
+    run = manage(model, optimizer, host_bytes=HOST_BYTES)
+    steps(model, optimizer, 4)
+    return report_data(run)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run ``offload ARGUMENTS`` in this process; its exit status."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["offload", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return int(caught.value.code or 0)
+
+    return run
+
+
+@pytest.fixture
+def page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that shows which runs it was given."""
+    stand_in = SimpleNamespace(
+        render=lambda a: f"one {a['task']}",
+        render_comparison=lambda a, b: f"two {a['task']} {b['task']}",
+    )
+    monkeypatch.setitem(sys.modules, "offload.report_html", stand_in)
+
+
+def test_trace_events_are_well_formed(data: dict[str, Any]) -> None:
+    """As the Trace Event Format wants them, and nothing of the step is lost."""
+    trace = json.loads(rendered(data, "step.trace.json"))
+    events = trace["traceEvents"]
+    assert {e["ph"] for e in events} == {"M", "X", "C"}
+    assert all({"name", "pid", "tid"} <= e.keys() for e in events)
+    named = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
+    processes = {e["pid"] for e in events if e["name"] == "process_name"}
+    step = data["step"]
+    for event in events:
+        assert event["pid"] in processes
+        if event["ph"] == "X":
+            assert (event["pid"], event["tid"]) in named
+            assert 0 <= event["ts"] <= event["ts"] + event["dur"] <= step["step_s"] * 1e6 + 1
+        elif event["ph"] == "C":
+            assert event["args"]
+            assert all(isinstance(value, int) for value in event["args"].values())
+        else:
+            assert isinstance(event["args"].get("name", event["args"].get("sort_index")), str | int)
+    spans = [e for e in events if e["ph"] == "X"]
+    read = step["lanes"]["read"]
+    assert sum(e["args"]["bytes"] for e in spans if e["cat"] == "read") == read["bytes"]
+    assert {e["cat"] for e in spans} == {"phase", "stalls", *step["lanes"]}
+    assert {"stalls", "phases", *step["lanes"]} <= set(ORDER)
+    counters = [e for e in events if e["name"] == "host bytes"]
+    host = step["memory"]["host"]
+    assert [sum(e["args"].values()) for e in counters] == host["used_bytes"]
+
+
+def test_without_a_step_the_trace_is_empty(data: dict[str, Any]) -> None:
+    trace = json.loads(rendered(data | {"step": None}, "x.trace.json"))
+    assert trace["traceEvents"] == []
+
+
+def test_a_build_without_a_page_says_so(
+    data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "offload.report_html", None)
+    with pytest.raises(OffloadError, match=r"has no page.*\.json"):
+        render(data)
+
+
+@pytest.mark.usefixtures("page")
+def test_a_fine_tuning_run_keeps_its_report(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_run(write_tiny_model(tmp_path / "model"), tmp_path)
+    finetune(config, observer=PlainProgress(StringIO()), engine=OffloadEngine(TUNING))
+    run = Path(config.output)
+    kept = json.loads((run / "report.json").read_text())
+    assert kept["task"] == "finetune"
+    assert kept["history"]["step"] == [1, 2, 3, 4, 5, 6]
+    assert all(loss > 0 for loss in kept["history"]["loss"])
+    assert kept["step"] is not None
+    assert command("report", str(run), "--trace", str(tmp_path / "t.json")) == 0
+    assert (run / "report.html").read_text() == "one finetune"
+    assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert kept["verdict"]["text"] in capsys.readouterr().out
+    assert command("report", str(run), str(run / "report.json")) == 0
+    assert (run / "comparison.html").read_text() == "two finetune finetune"
+    capsys.readouterr()
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 7, "loss": 0.5}\n{"step": 8, "lo')
+    assert command("report", str(run), "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["history"]["step"] == [1, 2, 3, 4, 5, 6, 7]
+    assert shown["history"]["step_s"][-1] is None
+
+
+def test_what_is_no_report_is_refused(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("report", str(tmp_path)) == 2
+    assert "no report in" in capsys.readouterr().err
+    file = tmp_path / "report.json"
+    file.write_text("[]")
+    with pytest.raises(OffloadError, match="not the data"):
+        read_report(file)
+    file.write_text('{"schema": 2}')
+    with pytest.raises(OffloadError, match="schema 2"):
+        read_report(tmp_path)
+
+
+def test_a_report_that_fails_ends_no_run(tmp_path: Path) -> None:
+    class Full:
+        def report(self, path: Path, *, task: str, history: Any) -> None:
+            raise OSError("disk is full")
+
+    class Notes(PlainProgress):
+        said = ""
+
+        def note(self, text: str) -> None:
+            self.said = text
+
+        def step(self, report: StepReport) -> None:
+            """Nothing."""
+
+    notes = Notes(StringIO())
+    report_run(Full(), RunDirectory(tmp_path), notes)
+    assert "disk is full" in notes.said
+    assert history_of(tmp_path / "none.jsonl")["loss"] == []
