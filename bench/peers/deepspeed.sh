@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv-peers/deepspeed: DeepSpeed with what its CPU accelerator needs. It compiles its own
-# kernels when first used: a C++ compiler and libaio's headers (Debian: g++, libaio-dev) are needed.
+# kernels, here and not when first timed: a C++ compiler and libaio's headers (Debian: g++, libaio-dev) are needed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 venv=.venv-peers/deepspeed
@@ -9,3 +9,9 @@ venv=.venv-peers/deepspeed
 DS_BUILD_OPS=0 DS_ACCELERATOR=cpu "$venv/bin/python" -m pip install --quiet \
   --no-build-isolation "deepspeed==0.19.*"
 [[ -f /usr/include/libaio.h ]] || echo "no libaio.h: the NVMe contestants will fail (Debian: libaio-dev)" >&2
+DS_ACCELERATOR=cpu PATH="$PWD/$venv/bin:$PATH" "$venv/bin/python" - <<'PY'
+from deepspeed.accelerator import get_accelerator
+
+for name in ("CPUAdamBuilder", "AsyncIOBuilder"):
+    get_accelerator().create_op_builder(name).load()
+PY
