@@ -223,12 +223,16 @@ def _records_of(fields: dict[str, Any], where: str) -> Iterator[Record]:
             asked = f"{prompt}\n\n{context}" if context else prompt
             answer = _text(instance, "output", where)
             yield Record(where, turns=(Turn("user", asked), Turn("assistant", answer)))
+    elif "prompt" in fields and "completion" in fields:
+        asked, answer = (_text(fields, key, where) for key in ("prompt", "completion"))
+        yield Record(where, turns=(Turn("user", asked), Turn("assistant", answer)))
     elif "text" in fields:
         yield Record(where, text=_text(fields, "text", where))
     else:
         has = ", ".join(sorted(map(str, fields))) or "none"
         raise InputError(
-            f"{where}: needs 'text', 'messages', or 'instruction' with 'output'; has: {has}"
+            f"{where}: needs 'text', 'messages', 'prompt' with 'completion', or 'instruction' with "
+            f"'output'; has: {has}"
         )
 
 

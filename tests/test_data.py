@@ -53,14 +53,16 @@ def test_every_json_shape_is_read(tmp_path: Path) -> None:
         {"text": "plain"},
         {"instruction": "add", "input": "1 1", "output": "2"},
         {"instruction": "say", "output": "hi"},
+        {"prompt": "ask", "completion": "told"},
         {"instruction": "do", "instances": [{"input": "", "output": "x"}, {"output": "y"}]},
         {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "v"}]},
     )
     records = list(read_records([path]))
-    assert [r.text for r in records] == ["plain", "", "", "", "", ""]
+    assert [r.text for r in records] == ["plain", "", "", "", "", "", ""]
     assert [tuple(t.content for t in r.turns) for r in records[1:]] == [
         ("add\n\n1 1", "2"),
         ("say", "hi"),
+        ("ask", "told"),
         ("do", "x"),
         ("do", "y"),
         ("u", "v"),
@@ -73,7 +75,7 @@ def test_every_json_shape_is_read(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[1]", "must be an object"),
-        ('{"prompt": "a"}', "needs 'text', 'messages', or 'instruction'"),
+        ('{"prompt": "a"}', "needs 'text', 'messages', 'prompt' with 'completion'"),
         ('{"text": 3}', "'text' must be text"),
         ('{"instruction": "a"}', "'output' must be text"),
         ('{"messages": "a"}', "must be a list"),
