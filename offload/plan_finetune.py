@@ -74,7 +74,7 @@ def this_machine(
     share, chunk_bytes = forecaster.share(job, host)
     sample = sample_for(config, job, chunk_bytes, share)
     processor = cached_processor(sample, folder, machine)
-    return Site("this", machine, processor, host, None, disk), Budget(host, None, disk)
+    return Site("this machine", machine, processor, host, None, disk), Budget(host, None, disk)
 
 
 def _budget(means: Means, site: Site) -> Budget:
