@@ -160,7 +160,7 @@ class Binding:
 
 
 def family_keys(
-    model: nn.Module, trained: set[nn.Parameter], units: Iterable[str] = ()
+    model: nn.Module, trained: set[nn.Parameter], units: Iterable[str]
 ) -> dict[tuple[torch.dtype, bool, bool], list[tuple[str, nn.Parameter]]]:
     """Parameters by (dtype, trained, contiguous), in `storage_order`, tied ones once."""
     keys: dict[tuple[torch.dtype, bool, bool], list[tuple[str, nn.Parameter]]] = {}

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from offload.blueprint import FineTune, build, draft, optimizer_of, outline
+from offload.blueprint import FineTune, build, draft, optimizer_of, outline_of
 from offload.config import Tuning
 from offload.dryrun import dry_run
 from offload.machines import Effort, Processor
@@ -112,7 +112,7 @@ def measure(sample: Sample, folder: Path, machine: Machine) -> Processor:
     plain = Processor(_product_rate(sample.job.dtype), rate, rate)
     made = draft(sample.config(), sample.job)
     step = dry_run(made)
-    where = outline(made.model, sample.job, GIB, sample.chunk_bytes)
+    where = outline_of(made.model, sample.job, GIB, sample.chunk_bytes)
     other = step.saved_bytes + max(p.nbytes for p in made.model.parameters())
     host = int(sample.share * where.total_bytes) if sample.share < 1 else where.total_bytes
     least = (2 * where.copies + 2) * sample.chunk_bytes

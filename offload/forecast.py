@@ -16,10 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from offload.blueprint import FineTune, Outline, draft, outline
+from offload.blueprint import FineTune, draft, outline_of
 from offload.dryrun import Step, dry_run
 from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
 from offload.machines import Site
+from offload.outline import Outline
 from offload.prefetch.plan import Forecast, Plan
 from offload.prefetch.planner import DoesNotFit, plan
 from offload.prefetch.trace import Phase, Trace
@@ -124,14 +125,14 @@ class Forecaster:
     def answer(self, job: FineTune, site: Site, budget: Budget, chunk_bytes: int = 0) -> Answer:
         """The forecast of a job on a machine, within budgets. Raises OffloadError."""
         model, step = self._run(replace(job, compute_dtype=None))
-        where = outline(model, job, budget.host_bytes, chunk_bytes)
+        where = outline_of(model, job, budget.host_bytes, chunk_bytes)
         need = self._need(job, model, step, budget) if budget.device_bytes is not None else None
         return _Question(job, site, budget, where, step, need).answer()
 
     def share(self, job: FineTune, host_bytes: int) -> tuple[float, int]:
         """(what part of its state memory holds beside activations, bytes of a chunk)."""
         model, step = self._run(replace(job, compute_dtype=None))
-        where = outline(model, job, host_bytes)
+        where = outline_of(model, job, host_bytes)
         left = host_bytes - where.fixed_bytes - step.saved_bytes
         return max(left, 0) / where.total_bytes, where.chunk_bytes
 

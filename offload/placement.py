@@ -17,17 +17,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from offload.bind import choose_chunks, family_keys, lay_out_family, mirrors_of
 from offload.config import Given, understand
 from offload.errors import SpillError
 from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
 from offload.optim.learn import learn
 from offload.optim.mirror import OptimizerProfile
 from offload.optim.narrow import Narrowing
-from offload.quantised import scratch_bytes
+from offload.outline import Outline, outline
 from offload.room import refuse_without_room, too_small
 from offload.runconfig import MemoryConfig
-from offload.tiers.layout import Layout
 from offload.tiers.spec import format_size
 from offload.writable import nearest
 
@@ -136,53 +134,28 @@ def place(
     given = understand(memory.host_memory, memory.disk, memory.disk_memory, memory.device_memory)
     host_bytes = given.budget.host_bytes
     learnt, narrowing = learn(optimizer, state_dtype)
-    chunk_bytes, copies = choose_chunks(host_bytes, learnt, narrowing)
+    where = outline(model, learnt, narrowing, host_bytes)
     sizes = ((p.numel() * p.element_size(), n) for n, p in model.named_parameters())
-    refuse_without_room(sizes, given, chunk_bytes, copies)
-    parts = _merged(_parts(model, learnt, narrowing, chunk_bytes))
-    total_bytes = sum(part.placed_bytes for part in parts)
-    fixed_bytes = sum(b.numel() * b.element_size() for b in model.buffers()) + scratch_bytes(model)
-    fixed_bytes += _loose_state_bytes(learnt, narrowing)
-    least_bytes = fixed_bytes + (0 if given.disk else total_bytes)
+    refuse_without_room(sizes, given, where.chunk_bytes, where.copies)
+    fixed_bytes = where.fixed_bytes + _loose_state_bytes(learnt, narrowing)
+    least_bytes = fixed_bytes + (0 if given.disk else where.total_bytes)
     if host_bytes < least_bytes:
         raise too_small(given, least_bytes, "weights, gradients and optimizer state")
-    _check_disk(given, total_bytes)
+    _check_disk(given, where.total_bytes)
     if given.disk:
         fixed_bytes += kept_bytes_for(host_bytes) - FREE_KEPT_BYTES
     disk = str(given.disk) if given.disk else None
-    return Placement(parts, host_bytes, fixed_bytes, disk)
+    return Placement(_parts(where), host_bytes, fixed_bytes, disk)
 
 
-def _parts(
-    model: nn.Module, learnt: OptimizerProfile | None, narrowing: Narrowing, chunk_bytes: int
-) -> Iterator[Part]:
-    trained = {p for p in learnt.params if p.requires_grad} if learnt is not None else set()
-    for (dtype, is_trained, _), named in family_keys(model, trained).items():
-        mirrors = mirrors_of(named, learnt, narrowing)
-        numels = [p.numel() for _, p in named]
-        layout, of_state = lay_out_family(numels, dtype.itemsize, mirrors, chunk_bytes)
-        yield _part("weights", layout, dtype.itemsize)
-        if is_trained:
-            yield _part("gradients", layout, dtype.itemsize)
-            for name, mirror in mirrors.items():
-                yield _part("optimizer state", of_state[name], mirror.dtype.itemsize)
-
-
-def _part(name: str, layout: Layout, itemsize: int) -> Part:
-    payload = sum(layout.numels) * itemsize
-    chunk_bytes = min(layout.chunk_elements, layout.total_elements) * itemsize
-    placed_bytes = layout.total_elements * itemsize
-    return Part(name, payload, placed_bytes, layout.chunks, chunk_bytes)
-
-
-def _merged(parts: Iterator[Part]) -> tuple[Part, ...]:
+def _parts(where: Outline) -> tuple[Part, ...]:
     found: dict[str, Part] = {}
-    for part in parts:
-        old = found.get(part.name, Part(part.name))
-        found[part.name] = Part(
-            part.name, old.payload_bytes + part.payload_bytes,
-            old.placed_bytes + part.placed_bytes, old.chunks + part.chunks,
-            max(old.chunk_bytes, part.chunk_bytes),
+    for kind in (kind for family in where.families for kind in family.kinds):
+        name = kind.name if kind.name in ("weights", "gradients") else "optimizer state"
+        old = found.get(name, Part(name))
+        found[name] = Part(
+            name, old.payload_bytes + kind.payload_bytes, old.placed_bytes + kind.placed_bytes,
+            old.chunks + kind.layout.chunks, max(old.chunk_bytes, *kind.chunk_bytes()),
         )  # fmt: skip
     return tuple(found.values())
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from offload.blueprint import Members, Outline
 from offload.dryrun import Event, Span, Step
+from offload.outline import Members, Outline
 from offload.prefetch.trace import Access, Moment, Need, Phase, Trace
 
 

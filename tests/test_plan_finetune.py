@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, Qwen3MoeConfig, T5Config
 
-from offload.blueprint import FineTune, build, draft, outline
+from offload.blueprint import FineTune, build, draft, outline_of
 from offload.forecast import Forecaster
 from offload.lora import Adapted
 from offload.machines import Processor, Site
@@ -72,7 +72,7 @@ def test_bytes_are_exact_for_models_of_all_sizes(name: str) -> None:
         model = build(make(), job)
     assert sum(p.numel() for p in model.parameters()) == parameters
     weights, trained = numels(model)
-    found = outline(draft(make(), job).model, job, 64 * GIB).by_kind()
+    found = outline_of(draft(make(), job).model, job, 64 * GIB).by_kind()
     assert found["weights"][0] == weights
     assert found["gradients"][0] == trained
     assert found["optimizer"][0] == 2 * trained  # both moments in the weights' type

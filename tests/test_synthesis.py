@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, MixtralConfig, T5Config
 
 import offload
-from offload.blueprint import FineTune, build, draft, optimizer_of, outline
+from offload.blueprint import FineTune, build, draft, optimizer_of, outline_of
 from offload.config import Tuning
 from offload.dryrun import dry_run
 from offload.prefetch.trace import Phase, Trace
@@ -127,7 +127,7 @@ def test_the_trace_is_that_of_a_real_step(name: str, tmp_path: Path) -> None:
     recorded = run.parts.steps.tracks[Kind.TRAIN].trace
     assert recorded is not None
     made = draft(make(), job)
-    where = outline(made.model, job, 16 * MIB, CHUNK_BYTES)
+    where = outline_of(made.model, job, 16 * MIB, CHUNK_BYTES)
     trace = synthesise(dry_run(made), where, Unhurried(), Setting(job.in_backward))
     assert trace.chunk_bytes == recorded.chunk_bytes
     assert keys(trace) == keys(recorded)
