@@ -9,6 +9,7 @@ from offload.heap import FREE_KEPT_BYTES, Heap, anonymous_bytes, kept_bytes_for
 from offload.ledger import Ledger
 from offload.tiers.frames import FramePool
 from offload.tiers.spec import GIB, MIB
+from tests.conftest import Manager, build_mlp
 
 PIECE_BYTES = 64 * 1024  # far below what malloc maps by itself
 
@@ -72,3 +73,20 @@ def test_what_a_watched_step_took_may_be_kept_where_the_system_has_it(
     heap.freed(48 * MIB)
     heap.settle(0)
     assert heap.trims == trims
+
+
+def test_a_watched_step_is_trimmed_strictly_and_later_ones_by_what_it_took(manage: Manager) -> None:
+    """Else what one watched step kept would be what the next may keep, and so on."""
+    model = build_mlp()
+    run = manage(model, host_bytes=300_000)
+    heap, watch = run.parts.engine.ledger.heap, run.parts.steps.watch
+    heap.slack_bytes = GIB
+    seen: list[int] = []
+    model[2].register_forward_hook(lambda *_: seen.append(heap.slack_bytes))
+    with torch.no_grad():
+        model(torch.ones(2, 64))
+    assert seen == [0]
+    model(torch.ones(2, 64)).sum().backward()
+    run.parts.steps.end()
+    assert heap.slack_bytes == watch.excess_bytes > 0
+    run.close()
