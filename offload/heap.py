@@ -36,8 +36,7 @@ class Heap:
     """Knows an upper limit of what malloc keeps, and measures where that might be too much.
 
     ``accounted``: the bytes that a ledger knows of. ``kept_bytes`` may always be kept, and more
-    while the budget has room for it. ``slack_bytes``: what a watched step took beyond its account
-    all the same; a sixteenth of what ``spare`` says that the system has left may be kept of that.
+    while the budget has room for it. ``extra_bytes`` may be kept beyond all that.
     """
 
     def __init__(
@@ -47,15 +46,21 @@ class Heap:
         spare: Callable[[], int] = free_memory_bytes,
     ) -> None:
         self.kept_bytes = kept_bytes
-        self.slack_bytes = 0
+        self.extra_bytes = 0
         self.trims = 0
         self._accounted = accounted
         self._spare = spare
-        self._extra_bytes = 0
         self._baseline = 0  # what the process held beyond its account when nothing was kept
         self._measured_bytes = 0  # kept, when last looked at
         self._freed_bytes = 0  # since then
         self._looks = BLIND_LOOKS
+
+    def keep(self, slack_bytes: int) -> None:
+        """From now on so much may be kept besides, or a sixteenth of what the system has left.
+
+        Asked once a step: to read what cgroups leave takes a millisecond.
+        """
+        self.extra_bytes = min(slack_bytes, self._spare() // 16)
 
     def freed(self, size_bytes: int) -> None:
         """So much was given back to malloc, or will have been before ``settle``."""
@@ -75,9 +80,8 @@ class Heap:
             self.trims += 1
 
     def _allowed_bytes(self, room_bytes: int) -> int:
-        return max(self.kept_bytes, room_bytes + self._extra_bytes)
+        return max(self.kept_bytes, room_bytes + self.extra_bytes)
 
     def _look(self) -> None:
-        self._extra_bytes = min(self.slack_bytes, self._spare() // 16)
         self._measured_bytes = anonymous_bytes() - self._accounted() - self._baseline
         self._freed_bytes = 0

@@ -171,7 +171,7 @@ class Steps:
         self._step = _Step(kind, mode, ahead=mode is not Mode.REPLAY or track.trial.ahead)
         meters = self._step.meters = meters_of(self._engine)
         if mode is Mode.RECORD:
-            self._engine.ledger.heap.slack_bytes = 0  # to see what the step cannot do without
+            self._engine.ledger.heap.keep(0)  # to see what the step cannot do without
             self.watch.start()
         # Where all fits inference moves nothing; a training step's update still follows its plan.
         still = mode is Mode.FITS and kind is Kind.INFER
@@ -193,7 +193,7 @@ class Steps:
             step.tape.end(meters)
             track.tape = step.tape
         self.watch.stop()
-        engine.ledger.heap.slack_bytes = self.watch.excess_bytes
+        engine.ledger.heap.keep(self.watch.excess_bytes)
         assert engine.recorder is not None
         recorder = engine.recorder
         trace = recorder.finish(tuple(c.size_bytes for c in engine.space.chunks))
