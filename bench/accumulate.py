@@ -31,7 +31,7 @@ from offload.tiers.lane import ThreadLane
 from offload.tiers.layout import choose_chunk_bytes
 from offload.tiers.spec import MIB, format_size, parse_size
 
-WARM_STEPS = 5  # one recorded; three replayed, after the first and third of which plans change
+WARM_STEPS = 9  # one recorded, eight replayed; the plan is final after the seventh
 PLENTY = 64 << 30
 COPIES = 4  # weight, gradient, two moments
 BAR = 1.1

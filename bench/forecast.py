@@ -33,7 +33,7 @@ from offload.prefetch.trace import Phase
 from offload.tiers.probe import probe
 from offload.tiers.spec import MIB, Budget, Machine, parse_size
 
-WARM_STEPS = 5
+WARM_STEPS = 9
 
 # hidden, layers, intermediate, vocabulary; job; budget
 CASES: dict[str, tuple[tuple[int, int, int, int], FineTune, str]] = {

@@ -22,7 +22,7 @@ from typing import Any
 
 from child import anonymous_bytes
 
-WARM_STEPS = 3  # recorded, replayed, replayed with a refined plan
+WARM_STEPS = 9  # one recorded, eight replayed; the plan is final after the seventh
 Row = dict[str, Any]
 
 

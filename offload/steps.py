@@ -29,6 +29,7 @@ from offload.watch import Watch
 
 STRAY_SHARE = 0.1  # beyond this share of unforeseen moments the step is planned anew
 FORMS = 8  # of inference, that plans are kept for
+RETIMED_AFTER = (3, 7)  # replayed steps: first times soon, then sure ones
 GROWTH = 1.25  # of an inference's extent, for which a watched step leaves room
 
 
@@ -62,7 +63,7 @@ class Track:
     replayed_s: list[float] = field(default_factory=list)
     replayed_bytes: dict[str, list[int]] = field(default_factory=lambda: {"read": [], "write": []})
     fits: bool = False
-    beside: Trace | None = None  # a replayed step, to be compared with the next
+    beside: list[Trace] = field(default_factory=list)  # replayed steps that times come from
     extent: int = 0  # the largest call that was watched, see calls.Call
     trial: Trial = field(default_factory=Trial)
     part: str = ""  # of the model, which is called
@@ -284,17 +285,18 @@ class Steps:
         elif watched:
             more = any(m.other_bytes > n.other_bytes
                        for m, n in zip(trace.moments, old.moments, strict=True))  # fmt: skip
-            track.trace, track.stale = _retimed(trace, old, old), more or track.stale
+            track.trace, track.stale = _retimed(trace, old), more or track.stale
         elif len(track.replayed_s) == 1:
             # The first step also pays for lazy initialisation; the second tells the truth.
             track.trace, track.stale = _merged(old, trace), True
-        elif len(track.replayed_s) == 2:
-            track.beside = trace
-        elif len(track.replayed_s) == 3 and track.beside is not None:
+        elif len(track.replayed_s) <= RETIMED_AFTER[-1]:
             # Compute and transfers share cores and DRAM: what a moment takes beside the planned
             # transfers is what counts from now on (the joint rate of promise P4).
-            track.trace, track.stale = _retimed(old, track.beside, trace), True
-            track.beside = None
+            track.beside.append(trace)
+            if len(track.replayed_s) in RETIMED_AFTER:
+                track.trace, track.stale = _retimed(old, *track.beside), True
+        else:
+            track.beside.clear()
 
     def _make_plan(self, kind: Kind) -> None:
         track = self.tracks[kind]
@@ -341,14 +343,20 @@ def _merged(a: Trace, b: Trace) -> Trace:
     return replace(b, moments=moments)
 
 
-def _retimed(old: Trace, a: Trace, b: Trace) -> Trace:
-    """A trace with the mean times of two others, and the memory of whichever saw most."""
+def _retimed(old: Trace, *seen: Trace) -> Trace:
+    """A trace with the typical times of others, and the memory of whichever saw most."""
     moments = tuple(
         replace(
-            m, compute_s=(x.compute_s + y.compute_s) / 2,
-            handling_s=(x.handling_s + y.handling_s) / 2,
-            other_bytes=max(m.other_bytes, x.other_bytes, y.other_bytes),
+            m, compute_s=_typical([x.compute_s for x in others]),
+            handling_s=_typical([x.handling_s for x in others]),
+            other_bytes=max(m.other_bytes, *(x.other_bytes for x in others)),
         )
-        for m, x, y in zip(old.moments, a.moments, b.moments, strict=True)
+        for m, *others in zip(old.moments, *(t.moments for t in seen), strict=True)
     )  # fmt: skip
     return replace(old, moments=moments)
+
+
+def _typical(seconds: list[float]) -> float:
+    """The mean of the middle half: single steps of a busy machine are off by a fifth and more."""
+    cut = len(seconds) // 4
+    return statistics.mean(sorted(seconds)[cut : len(seconds) - cut])
