@@ -20,7 +20,7 @@ from typing import Any
 from offload.calls import Call
 from offload.engine import Engine
 from offload.prefetch.plan import Plan
-from offload.prefetch.trace import Moment, Trace
+from offload.prefetch.trace import Moment, Trace, merged, retimed
 from offload.record import Follower, Recorder
 from offload.tape import Tape, meters_of
 from offload.tiers.lane import Meter
@@ -285,16 +285,16 @@ class Steps:
         elif watched:
             more = any(m.other_bytes > n.other_bytes
                        for m, n in zip(trace.moments, old.moments, strict=True))  # fmt: skip
-            track.trace, track.stale = _retimed(trace, old), more or track.stale
+            track.trace, track.stale = retimed(trace, old), more or track.stale
         elif len(track.replayed_s) == 1:
             # The first step also pays for lazy initialisation; the second tells the truth.
-            track.trace, track.stale = _merged(old, trace), True
+            track.trace, track.stale = merged(old, trace), True
         elif len(track.replayed_s) <= RETIMED_AFTER[-1]:
             # Compute and transfers share cores and DRAM: what a moment takes beside the planned
             # transfers is what counts from now on (the joint rate of promise P4).
             track.beside.append(trace)
             if len(track.replayed_s) in RETIMED_AFTER:
-                track.trace, track.stale = _retimed(old, *track.beside), True
+                track.trace, track.stale = retimed(old, *track.beside), True
         else:
             track.beside.clear()
 
@@ -331,32 +331,3 @@ def _roomier(trace: Trace, capacity_bytes: int, constant_bytes: int) -> Trace:
         return min(moment.other_bytes + int(growing_bytes * (GROWTH - 1)), most_bytes)
 
     return replace(trace, moments=tuple(replace(m, other_bytes=room(m)) for m in trace.moments))
-
-
-def _merged(a: Trace, b: Trace) -> Trace:
-    """Two steps of the same moments as one: the lesser times, the greater memory."""
-    moments = tuple(
-        replace(n, compute_s=min(m.compute_s, n.compute_s),
-                other_bytes=max(m.other_bytes, n.other_bytes))
-        for m, n in zip(a.moments, b.moments, strict=True)
-    )  # fmt: skip
-    return replace(b, moments=moments)
-
-
-def _retimed(old: Trace, *seen: Trace) -> Trace:
-    """A trace with the typical times of others, and the memory of whichever saw most."""
-    moments = tuple(
-        replace(
-            m, compute_s=_typical([x.compute_s for x in others]),
-            handling_s=_typical([x.handling_s for x in others]),
-            other_bytes=max(m.other_bytes, *(x.other_bytes for x in others)),
-        )
-        for m, *others in zip(old.moments, *(t.moments for t in seen), strict=True)
-    )  # fmt: skip
-    return replace(old, moments=moments)
-
-
-def _typical(seconds: list[float]) -> float:
-    """The mean of the middle half: single steps of a busy machine are off by a fifth and more."""
-    cut = len(seconds) // 4
-    return statistics.mean(sorted(seconds)[cut : len(seconds) - cut])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
 
 
@@ -78,3 +79,32 @@ class Trace:
     moments: tuple[Moment, ...]
     chunk_bytes: tuple[int, ...]
     dead_after: dict[int, int]
+
+
+def merged(a: Trace, b: Trace) -> Trace:
+    """Two steps of the same moments as one: the lesser times, the greater memory."""
+    moments = tuple(
+        replace(n, compute_s=min(m.compute_s, n.compute_s),
+                other_bytes=max(m.other_bytes, n.other_bytes))
+        for m, n in zip(a.moments, b.moments, strict=True)
+    )  # fmt: skip
+    return replace(b, moments=moments)
+
+
+def retimed(old: Trace, *seen: Trace) -> Trace:
+    """A trace with the typical times of others, and the memory of whichever saw most."""
+    moments = tuple(
+        replace(
+            m, compute_s=_typical([x.compute_s for x in others]),
+            handling_s=_typical([x.handling_s for x in others]),
+            other_bytes=max(m.other_bytes, *(x.other_bytes for x in others)),
+        )
+        for m, *others in zip(old.moments, *(t.moments for t in seen), strict=True)
+    )  # fmt: skip
+    return replace(old, moments=moments)
+
+
+def _typical(seconds: list[float]) -> float:
+    """The mean of the middle half: single steps of a busy machine are off by a fifth and more."""
+    cut = len(seconds) // 4
+    return statistics.mean(sorted(seconds)[cut : len(seconds) - cut])

@@ -78,6 +78,7 @@ def test_what_a_watched_step_took_may_be_kept_where_the_system_has_it(
 def test_a_watched_step_is_trimmed_strictly_and_later_ones_by_what_it_took(manage: Manager) -> None:
     """Else what one watched step kept would be what the next may keep, and so on."""
     model = build_mlp()
+    assert isinstance(model, torch.nn.Sequential)
     run = manage(model, host_bytes=300_000)
     heap, watch = run.parts.engine.ledger.heap, run.parts.steps.watch
     heap.extra_bytes = GIB
