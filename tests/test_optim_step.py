@@ -368,6 +368,35 @@ def test_odd_layouts_are_stepped_whole() -> None:
     assert_same(plain, chunked)
 
 
+class Counts(Optimizer):
+    """Counts the steps of each group, also of one that has nothing to step."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"k": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["k"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad / group["k"])
+
+
+def test_a_group_without_gradients_is_stepped_as_well() -> None:
+    plain, chunked, a, b = pair(Counts)
+    install(chunked)
+    for step in range(3):
+        fill_grads(a, step)
+        fill_grads(b, step)
+        for p in (*plain.param_groups[1]["params"], *chunked.param_groups[1]["params"]):
+            p.grad = None
+        plain.step()
+        chunked.step()
+    assert [g["k"] for g in chunked.param_groups] == [3, 3]
+    assert_same(plain, chunked)
+
+
 def test_close_gives_back_the_plain_step() -> None:
     plain, chunked, a, b = pair(OPTIMIZERS["adamw"])
     work, store = install(chunked)
