@@ -172,11 +172,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
     args.disk.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=args.disk))
-    try:
-        rows = measure(args, folder)
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(dir=args.disk) as folder:
+        rows = measure(args, Path(folder))
     ratios = compare(rows) if "one" in rows else {}
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3f} x one micro-batch's (bar for weights read: {BAR})")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,14 +52,11 @@ def main() -> None:
     args.disk.mkdir(parents=True, exist_ok=True)
     machine = fresh_machine(args.disk)
     state_bytes = 4 * 4 * SHAPES[args.shape].parameters
-    folder = Path(tempfile.mkdtemp(dir=args.disk))
-    try:
-        least = args.least or least_bytes(args, folder / "least")
+    with tempfile.TemporaryDirectory(dir=args.disk) as folder:
+        least = args.least or least_bytes(args, Path(folder, "least"))
         budgets = {f"{p}%": least + p * state_bytes // 100 for p in args.percent}
-        commands = {k: told(args.kind, args, folder / k, b) for k, b in budgets.items()}
+        commands = {k: told(args.kind, args, Path(folder, k), b) for k, b in budgets.items()}
         rows = compete(commands, args.rounds, args.steps)
-    finally:
-        shutil.rmtree(folder)
     for name, row in rows.items():
         if "stats" in row:
             in_backward = args.kind == "offload-backward"

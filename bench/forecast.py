@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -153,12 +152,9 @@ def main() -> None:
         return
     args.disk.mkdir(parents=True, exist_ok=True)
     for name in args.cases or CASES:
-        folder = Path(tempfile.mkdtemp(dir=args.disk))
-        try:
-            answer, machine, processor = foretell(name, folder)
-            found = compare(answer, run_child(name, folder, args.steps))
-        finally:
-            shutil.rmtree(folder)
+        with tempfile.TemporaryDirectory(dir=args.disk) as folder:
+            answer, machine, processor = foretell(name, Path(folder))
+            found = compare(answer, run_child(name, Path(folder), args.steps))
         assert answer.pace is not None
         print(f"{name:22} step {answer.pace.step_s:.3f} / {found['step_s']:.3f} s = "
               f"{found['step_ratio']:.3f}; peak {answer.tiers['host'].peak_bytes / MIB:.0f} / "

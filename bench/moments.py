@@ -50,7 +50,7 @@ SEQ_LEN, BATCH, WARMUP = 64, 8, 50
 class Nearest:
     """A codec that leaves its noise unused."""
 
-    codec: Bfloat16
+    codec: Codec
 
     @property
     def own(self) -> torch.dtype:
@@ -68,21 +68,10 @@ class Nearest:
 
 
 @dataclass(frozen=True, slots=True)
-class Undecided:
+class Undecided(Nearest):
     """8-bit codes taken from the two neighbours of a value, so that its mean is right."""
 
     codec: Blockwise
-
-    @property
-    def own(self) -> torch.dtype:
-        return self.codec.own
-
-    @property
-    def parts(self) -> Mapping[str, Part]:
-        return self.codec.parts
-
-    def widen(self, stored: Sequence[Tensor]) -> Tensor:
-        return self.codec.widen(stored)
 
     def narrow(self, values: Tensor, stored: Sequence[Tensor], noise: Noise | None) -> None:
         self.codec.narrow(values, stored, None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
 import statistics
 import tempfile
 import time
@@ -41,11 +40,8 @@ def main() -> None:
     parser.add_argument("--threes", type=int, default=16)
     args = parser.parse_args()
     args.disk.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=args.disk))
-    try:
-        found = measure(args, folder)
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(dir=args.disk) as folder:
+        found = measure(args, Path(folder))
     print(found)
     append("recording", args.disk, shape=args.shape, tokens=args.tokens, budget=args.budget,
            **found)  # fmt: skip

@@ -8,7 +8,6 @@ run. Bar: time per parameter at 1.5 B <= 1.15 x that at 100 M.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -61,11 +60,8 @@ def main() -> None:
     args = parser.parse_args()
     args.disk.mkdir(parents=True, exist_ok=True)
     machine = fresh_machine(args.disk)
-    folder = Path(tempfile.mkdtemp(dir=args.disk))
-    try:
-        rows = steps_of(args, folder)
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(dir=args.disk) as folder:
+        rows = steps_of(args, Path(folder))
     show(rows)
     for shape, row in rows.items():
         if "ns_per_parameter" in row:

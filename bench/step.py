@@ -11,7 +11,6 @@ of the disk are probed anew before the run, and once more after it to show how t
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -130,11 +129,8 @@ def main() -> None:
     args = parser.parse_args()
     args.disk.mkdir(parents=True, exist_ok=True)
     before = fresh_machine(args.disk)
-    folder = Path(tempfile.mkdtemp(dir=args.disk))
-    try:
-        rows = compete(commands(args.only, args, folder), args.rounds, args.steps)
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(dir=args.disk) as folder:
+        rows = compete(commands(args.only, args, Path(folder)), args.rounds, args.steps)
     after = probe(args.disk)
     for name, row in rows.items():
         if "stats" in row:

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
-from torch.utils._pytree import tree_leaves
 
 from offload.chooser import KEEP, Chooser, Profile
 from offload.engine import Engine
+from offload.internals import tree_leaves
 from offload.prefetch.policy import Choice, Way
 from offload.prefetch.trace import Trace
 from offload.rerun import Rerun, Seen

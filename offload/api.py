@@ -255,19 +255,11 @@ def _build(
     chunk_bytes = tuning.chunk_bytes or chunk_bytes
     sizes = ((p.numel() * p.element_size(), n) for n, p in model.named_parameters())
     refuse_without_room(sizes, given, chunk_bytes, copies)
-    pool = FramePool(poison=tuning.poison)
-    read, write = _lanes(tuning)
     try:
-        disk = SpillFile(given.disk, given.budget.disk_bytes, _say) if given.disk else None
-        homes = LendingHomes if given.place is not None else HomeSpace
-        space = homes(disk, pool, read, write)
+        space = _space(given, tuning)
         families = [
             build_family(
-                space,
-                named,
-                is_trained,
-                mirrors_of(named, learnt, narrowing),
-                chunk_bytes,
+                space, named, is_trained, mirrors_of(named, learnt, narrowing), chunk_bytes
             )
             for (_, is_trained, _), named in family_keys(model, trained, find_units(model)).items()
         ]
@@ -278,8 +270,8 @@ def _build(
     fixed = space.fixed_bytes + buffers + _plain_state_bytes(learnt, narrowing, families)
     if given.budget.host_bytes < fixed:
         raise too_small(given, fixed, "weights, gradients and optimizer state")
-    kept_bytes = kept_bytes_for(given.budget.host_bytes) if disk is not None else FREE_KEPT_BYTES
-    ledger = Ledger(given.budget.host_bytes, pool, fixed, kept_bytes)
+    kept_bytes = kept_bytes_for(given.budget.host_bytes) if given.disk else FREE_KEPT_BYTES
+    ledger = Ledger(given.budget.host_bytes, space.pool, fixed, kept_bytes)
     binding = Binding(families)
     engine = Engine(space, ledger, binding.is_dead)
     for home in binding.homes.values():
@@ -290,6 +282,12 @@ def _build(
     planner = _planner(engine, machine) if machine is not None else None
     steps = Steps(engine, planner, may_fit=may_fit, tapes=tuning.tapes)
     return Parts(engine, binding, steps, machine=machine)
+
+
+def _space(given: Given, tuning: Tuning) -> HomeSpace:
+    disk = SpillFile(given.disk, given.budget.disk_bytes, _say) if given.disk else None
+    homes = LendingHomes if given.place is not None else HomeSpace
+    return homes(disk, FramePool(poison=tuning.poison), *_lanes(tuning))
 
 
 def _means(given: Given, engine: Engine, tuning: Tuning) -> Means:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # there is no public way to it
 
 from offload.errors import OffloadError
+from offload.internals import fake_mode
 from offload.lora import add_adapters
 from offload.machines import DTYPES
 from offload.optim.learn import learn
@@ -68,14 +68,14 @@ class Draft:
     """A model without data. ``mode``: the one that its tensors belong to."""
 
     model: Any
-    mode: FakeTensorMode
+    mode: Any
     inputs: dict[str, Any]
 
 
 def draft(config: Any, job: FineTune) -> Draft:
     """The model of a configuration, made ready as the job says. Raises OffloadError."""
     config = copy.deepcopy(config)
-    mode = FakeTensorMode()
+    mode = fake_mode()
     with mode:
         model = build(config, job, contents=False)
         ids = torch.zeros(job.batch, job.sequence, dtype=torch.int64)

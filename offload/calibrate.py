@@ -8,7 +8,6 @@ has too little room to read ahead in to be typical (docs/log.md).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
@@ -23,7 +22,7 @@ from torch import nn
 from offload.shape import layers_of, model_of, read_shape, weight_type
 from offload.tiers.compute_probe import attend_rate
 from offload.tiers.drag_probe import contention
-from offload.tiers.probe import remembered_at
+from offload.tiers.probe import keep, remembered_at
 from offload.tiers.spec import MIB, Compute, Machine
 
 TOKENS = (1, 2, 8, 32, 128, 512)
@@ -40,15 +39,12 @@ def cached_calibration(
     rates = machine.to_dict()  # what the costs of sharing are told in: new rates, new costs
     asked = [said, weight_dtype, torch.get_num_threads(), torch.__version__, rates]
     name = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
-    kept = remembered_at(folder)
-    kept = kept.with_name(f"compute-{name}-{kept.name.partition('-')[2]}")
+    kept = remembered_at(folder, f"compute-{name}")
     try:
         return Compute.from_dict(json.loads(kept.read_text()))
     except (OSError, ValueError, TypeError, KeyError):
         found = calibrate(config, weight_dtype, folder, machine)
-    with contextlib.suppress(OSError):  # then the next one measures again
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(found.to_dict()))
+    keep(kept, found.to_dict())  # where that cannot be, the next one measures again
     return found
 
 

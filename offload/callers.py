@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from types import FrameType
 
-import torch
 from torch import nn
 
 from offload.errors import OffloadError
+from offload.internals import in_transform
 
 _MODULE_FILE = nn.Module.__call__.__code__.co_filename
 
@@ -26,10 +26,9 @@ def caller_of_hooks() -> FrameType | None:
 def refuse_transforms() -> None:
     """Raise OffloadError within ``torch.func.grad``, ``vmap`` and the like.
 
-    They forbid saved-tensor hooks, by which we know of the backward pass. Torch has no public
-    question for it.
+    They forbid saved-tensor hooks, by which we know of the backward pass.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_transform():
         raise OffloadError(
             "a managed model cannot be called within torch.func transforms (grad, vjp, jacrev, "
             "vmap, ...): they forbid the hooks by which weights are fetched. Use torch.autograd, "

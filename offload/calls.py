@@ -16,11 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from offload.hook import has_user_hooks
+from offload.internals import calls_are_watched, tree_leaves
 
 _KNOWN = ("torch.", "transformers.")
 _INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
@@ -86,9 +85,7 @@ def entries(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_known(model: nn.Module) -> bool:
     """Whether a forward pass of this model runs no code of the user's: see the note above."""
-    if torch.nn.modules.module._has_any_global_hook() or torch._C._len_torch_function_stack():
-        return False
-    if torch._C._len_torch_dispatch_stack() or has_user_hooks(model):
+    if calls_are_watched() or has_user_hooks(model):
         return False
     return all(map(_is_known_module, model.modules()))
 

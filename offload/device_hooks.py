@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
-from torch.utils._pytree import tree_map
 
 from offload.bind import Binding, Home
 from offload.callers import caller_of_hooks, refuse_transforms
@@ -33,6 +31,7 @@ from offload.gradients import GradientHomes
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
 from offload.hook import Hook, has_user_hooks
+from offload.internals import backward_runs, compiled, tree_map, when_backward_ends
 from offload.passes import Before
 from offload.prefetch.trace import Phase
 from offload.saved import Activations
@@ -40,11 +39,6 @@ from offload.steps import Kind, Mode, Steps
 from offload.tape import Mark
 from offload.tiers.copy import deliver
 from offload.use import SavedInFrames, Use, attach, detach
-
-
-def backward_runs() -> bool:
-    """Whether this thread is inside a backward pass. Torch has no public question for it."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class DeviceHooks:
@@ -216,8 +210,7 @@ class DeviceHooks:
             return
         self._device.end_pass()
         self._pass.backward = True
-        # As FSDP2 and DDP do: the only way to learn that a pass is over.
-        Variable._execution_engine.queue_callback(self._leave_backward)
+        when_backward_ends(self._leave_backward)
 
     def _leave_backward(self) -> None:
         with self._lock:
@@ -266,21 +259,6 @@ class DeviceHooks:
         self._pass.before = None
         while self._pass.contexts:
             self._pass.contexts.pop().__exit__(None, None, None)
-
-
-def compiled(model: nn.Module) -> bool:
-    """Whether torch.compile is at work on the model, on a part of it, or on what calls it."""
-    if torch.compiler.is_compiling():
-        return True
-    if any(m._compiled_call_impl is not None for m in model.modules()):
-        return True
-    frame = inspect.currentframe()
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "compile_wrapper" and "_dynamo" in code.co_filename:
-            return True
-        frame = frame.f_back
-    return False
 
 
 COMPILED = (

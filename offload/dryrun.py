@@ -8,7 +8,6 @@ Where chunks are is not asked here (offload/synthesis.py), so one run serves eve
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from offload.blueprint import Draft
 from offload.errors import OffloadError
 from offload.gradients import shared_params
 from offload.guard import allocates
+from offload.internals import TorchDispatchMode, quietly, tree_leaves
 from offload.saved import span_bytes
 
 Span = tuple[str, int, int]  # parameter, elements [start, stop)
@@ -69,7 +67,7 @@ def dry_run(draft: Draft) -> Step:
     """Run one step of a draft. Raises OffloadError for models that compute depending on data."""
     watch = _Watch(draft.model)
     try:
-        with _quietly(), draft.mode, watch.on_modules(), watch:
+        with quietly(), draft.mode, watch.on_modules(), watch:
             with torch.autograd.graph.saved_tensors_hooks(watch.pack, watch.unpack):
                 loss = draft.model(**draft.inputs, **_without_cache(draft.model)).loss
             watch.note(Event(backward=False, ends_forward=True))
@@ -110,16 +108,6 @@ def _no_cache() -> Any:
             return key_states, value_states
 
     return NoCache()
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 class _Kept:

@@ -32,7 +32,7 @@ from offload.prefetch.planner import plan
 from offload.prefetch.trace import Phase, Trace
 from offload.steps import Kind
 from offload.synthesis import Setting, synthesise
-from offload.tiers.probe import remembered_at
+from offload.tiers.probe import keep, remembered_at
 from offload.tiers.spec import GIB, MIB, Machine
 
 SAMPLE_PARAMETERS = 40_000_000  # with fewer, what a step costs once showed: 10% too slow
@@ -95,14 +95,11 @@ def cached_processor(sample: Sample, folder: Path, machine: Machine) -> Processo
     folder.mkdir(parents=True, exist_ok=True)
     asked = [asdict(sample), torch.get_num_threads(), torch.__version__, machine.to_dict()]
     name = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
-    kept = remembered_at(folder)
-    kept = kept.with_name(f"effort-{name}-{kept.name.partition('-')[2]}")
+    kept = remembered_at(folder, f"effort-{name}")
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         return processor_of(json.loads(kept.read_text()))
     found = measure(sample, folder, machine)
-    with contextlib.suppress(OSError):  # then the next one measures again
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(as_dict(found)))
+    keep(kept, as_dict(found))  # where that cannot be, the next one measures again
     return found
 
 

@@ -27,6 +27,7 @@ from offload.progress import Observer, PlainProgress
 from offload.runconfig import InputError, MemoryConfig, RunConfig
 from offload.rundir import replacing
 from offload.runreport import Reports, report_run
+from offload.settings import changed
 
 EVAL_BATCHES = 16  # enough for a steady mean; each one streams the whole model
 
@@ -371,14 +372,9 @@ def _restore(session: _Session, observer: Observer) -> None:
 
 
 def _check_identity(path: Path, made_with: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [
-        f"{key} {made_with.get(key)!r} (now {now.get(key)!r})"
-        for key in sorted(made_with.keys() | now.keys())
-        if made_with.get(key) != now.get(key)
-    ]
-    if changed:
+    if found := changed(made_with, now):
         raise InputError(
-            f"checkpoint {path.name} was made with {', '.join(changed)}; resume with the same "
+            f"checkpoint {path.name} was made with {found}; resume with the same "
             "values, or start a new --output"
         )
 

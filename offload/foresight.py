@@ -8,21 +8,19 @@ modes of the refused step are active.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # there is no public way to it
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from offload.bind import Binding, Home
 from offload.engine import Engine
 from offload.gradients import shared_params
 from offload.guard import allocates
+from offload.hook import hooks_of
+from offload.internals import TorchDispatchMode, fake_mode, quietly, tree_leaves, tree_map
 from offload.saved import span_bytes
 
 
@@ -59,20 +57,16 @@ class Foresight:
         """
         if self._inputs is None:
             return 0
-        logger = logging.getLogger("torch._subclasses.fake_tensor")
-        before, logger.disabled = logger.disabled, True
         try:
-            with ThreadPoolExecutor(1) as thread:
+            with quietly(), ThreadPoolExecutor(1) as thread:
                 peak_bytes = thread.submit(self._rehearse).result()
         except Exception:  # user code may do anything that fake tensors cannot
             return 0
-        finally:
-            logger.disabled = before
         engine = self._engine
         return engine.ledger.fixed_bytes + max(peak_bytes, engine.outlook.largest_update_bytes)
 
     def _rehearse(self) -> int:
-        mode = FakeTensorMode()
+        mode = fake_mode()
         model = _without_data(self._model, mode)
         rehearsal = Rehearsal(self._engine, self._before_bytes)
         rehearsal.watch(self._model, model, self._binding)
@@ -108,14 +102,13 @@ def _doubles(inputs: Any, device: str) -> Any:
     return tree_map(double, inputs)
 
 
-def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def _without_data(model: nn.Module, mode: Any) -> nn.Module:
     """A copy whose tensors, whatever they are to it, have no data, and no hook of the user's."""
     held = (x for m in model.modules() for x in tree_leaves(m.__dict__) if isinstance(x, Tensor))
     tensors = [*model.parameters(), *model.buffers(), *held]
     double: nn.Module = copy.deepcopy(model, {id(t): mode.from_tensor(t) for t in tensors})
     for module in double.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
-                      module._backward_pre_hooks):  # fmt: skip
+        for hooks in hooks_of(module):
             hooks.clear()
     return double
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+
+from offload.internals import TorchDispatchMode, tree_leaves, tree_map
 
 
 class AllocationGuard(TorchDispatchMode):

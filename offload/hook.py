@@ -35,15 +35,17 @@ def _make_inert() -> Callable[..., None]:
     return inert
 
 
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """The hooks of one module, in torch's own dicts: there is no public way to list them."""
+    return (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+        module._backward_pre_hooks,
+    )  # fmt: skip
+
+
 def has_user_hooks(model: nn.Module) -> bool:
     """Whether code of the user's runs within passes: hooks on modules or parameters."""
-    of_modules = (
-        hooks
-        for m in model.modules()
-        for hooks in (
-            m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks
-        )
-    )  # fmt: skip
+    of_modules = (hooks for m in model.modules() for hooks in hooks_of(m))
     of_params = (
         hooks or {}
         for p in model.parameters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from types import FrameType
 from typing import Any, Protocol
@@ -69,3 +70,15 @@ class Pass(threading.local):
         self.infers = self.known = False
         while self.contexts:
             self.contexts.pop().__exit__(None, None, None)
+
+    def running(self) -> bool:
+        """Whether the forward pass that pushed the contexts is on this thread's stack.
+
+        A KeyboardInterrupt skips module hooks; what it leaves behind must not act on others.
+        """
+        entered, frame = self.frame, inspect.currentframe()
+        if entered is None:
+            return False
+        while frame is not None and frame is not entered:
+            frame = frame.f_back
+        return frame is not None

@@ -13,9 +13,10 @@ from offload.bind import Binding
 from offload.config import Given, Tuning
 from offload.device import DeviceSpace, add_families, frame_dtype
 from offload.device_engine import Device, DeviceEngine
-from offload.device_hooks import COMPILED, compiled
+from offload.device_hooks import COMPILED
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
+from offload.internals import compiled
 from offload.ledger import Ledger
 from offload.prefetch.plan import Plan
 from offload.prefetch.planner import DoesNotFit, plan

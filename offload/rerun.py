@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from offload.errors import OffloadError
 from offload.frozen import freeze, thaw
+from offload.internals import tree_flatten, tree_unflatten
 from offload.prefetch.policy import Part
 from offload.results import Again, Results, Stopwatch
 from offload.saved import STALE, Activations, Saved, Visitor

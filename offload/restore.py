@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from offload.codec import decode
 from offload.contents import class_name
 from offload.errors import CheckpointError
+from offload.optim.groups import assign
 from offload.run import Runtime
 from offload.stsafe import DTYPES, Spec, code_of
 
@@ -92,7 +93,7 @@ class StateTargets:
             }
         for group, saved in zip(optimizer.param_groups, self._saved["groups"], strict=True):
             for name, value in decode(saved["values"], values).items():
-                _assign(group, name, value)
+                assign(group, name, value)
 
     def _check(self, saved: Mapping[str, Any] | None, folder: Path) -> None:
         optimizer = self._run.optimizer
@@ -133,16 +134,6 @@ def restore_random(states: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
-
-
-def _assign(group: dict[str, Any], name: str, value: Any) -> None:
-    """Set a group's value; a tensor (a learning rate that a graph refers to) in place."""
-    old = group.get(name)
-    if isinstance(old, Tensor) and isinstance(value, Tensor) and old.shape == value.shape:
-        with torch.no_grad():
-            old.copy_(value)
-    else:
-        group[name] = value
 
 
 def _mismatch(folder: Path, what: str) -> CheckpointError:

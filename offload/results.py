@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from offload.guard import allocates
+from offload.internals import TorchDispatchMode, tree_leaves, tree_map_only
 from offload.prefetch.policy import Part
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from offload.settings import InputError
+from offload.settings import InputError, changed
 
 
 class RowFile:
@@ -132,14 +132,9 @@ def _check_same(path: Path, identity: Mapping[str, Any]) -> None:
             f"{path} has rows, but {_about(path).name}, which says how they were made, cannot be "
             "read; give another --output"
         ) from error
-    changed = [
-        f"{key} {before.get(key)!r} (now {identity.get(key)!r})"
-        for key in sorted(before.keys() | identity.keys())
-        if before.get(key) != identity.get(key)
-    ]
-    if changed:
+    if found := changed(before, identity):
         raise InputError(
-            f"the rows in {path} were made with {', '.join(changed)}; go on with the same, or "
+            f"the rows in {path} were made with {found}; go on with the same, or "
             "give another --output"
         )
 

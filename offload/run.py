@@ -20,12 +20,14 @@ from offload.config import Given, Size
 from offload.errors import OffloadError
 from offload.homing import release_all
 from offload.hooks import Hooks
+from offload.ledger import Ledger
 from offload.parts import Parts
 from offload.places import BlockPlan
 from offload.prefetch.plan import Plan
 from offload.sampling import Sampling
 from offload.steps import Kind
 from offload.throughput import Asked, Prompt, generate
+from offload.tiers.lane import Meter
 from offload.tiers.spec import parse_size
 from offload.vertical import Accumulator
 
@@ -64,7 +66,7 @@ class Runtime:
         engine, steps = self.parts.engine, self.parts.steps
         kind = Kind.TRAIN if steps.tracks[Kind.TRAIN].steps else Kind.INFER
         plan = self.plan
-        space, ledger, device = engine.space, engine.ledger, self.parts.device
+        space, device = engine.space, self.parts.device
         return {
             "steps": steps.tracks[kind].steps,
             "step_s": steps.median_s(kind),
@@ -76,24 +78,9 @@ class Runtime:
                 name: statistics.median(moved) if moved else None
                 for name, moved in steps.tracks[kind].replayed_bytes.items()
             },
-            "lanes": {
-                name: {
-                    "bytes": lane.meter.moved_bytes,
-                    "transfers": lane.meter.transfers,
-                    "busy_s": lane.meter.busy_s,
-                    "bytes_per_s": lane.meter.moved_bytes / lane.meter.busy_s
-                    if lane.meter.busy_s
-                    else None,
-                }
-                for name, lane in space.lanes.items()
-            },
+            "lanes": {name: _lane_stats(lane.meter) for name, lane in space.lanes.items()},
             "tiers": {
-                "host": {
-                    "budget_bytes": ledger.budget_bytes,
-                    "used_bytes": ledger.used_bytes,
-                    "peak_bytes": ledger.peak_bytes,
-                    "peak_other_bytes": ledger.peak_other_bytes,
-                },
+                "host": _host_stats(engine.ledger),
                 "disk": {"used_bytes": space.disk.used_bytes if space.disk else 0},
                 **({"device": device.tier_stats()} if device is not None else {}),
             },
@@ -291,3 +278,18 @@ class Runtime:
             self.parts.stepper = None
         while self.parts.handles:
             self.parts.handles.pop().remove()
+
+
+def _lane_stats(meter: Meter) -> dict[str, Any]:
+    rate = meter.moved_bytes / meter.busy_s if meter.busy_s else None
+    return {
+        "bytes": meter.moved_bytes, "transfers": meter.transfers, "busy_s": meter.busy_s,
+        "bytes_per_s": rate,
+    }  # fmt: skip
+
+
+def _host_stats(ledger: Ledger) -> dict[str, int]:
+    return {
+        "budget_bytes": ledger.budget_bytes, "used_bytes": ledger.used_bytes,
+        "peak_bytes": ledger.peak_bytes, "peak_other_bytes": ledger.peak_other_bytes,
+    }  # fmt: skip

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload.guard import results_on_meta
+from offload.internals import TorchDispatchMode
 from offload.tiers import vm
 from offload.tiers.disk import SpillFile
 from offload.tiers.home import Mapping

@@ -217,3 +217,12 @@ def _unknown_key(key: str, known: list[str]) -> str:
         near = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
     hint = f"did you mean '{near[0]}'?" if near else "known keys: " + ", ".join(known)
     return f"unknown configuration key '{key}'; {hint}"
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What is not as it was, for an error: ``lr 0.1 (now 0.2), seed 1 (now 2)``, or ""."""
+    return ", ".join(
+        f"{key} {before.get(key)!r} (now {now.get(key)!r})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    )

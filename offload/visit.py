@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from offload.errors import OffloadError
+from offload.internals import tree_flatten
 from offload.prefetch.policy import Choice, Way
 from offload.rerun import Dropped, Rerun, Seen
 from offload.saved import Activations, Packed, Saved

@@ -202,13 +202,18 @@ class GroupLedger:
     def _write(group: dict[str, Any], values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             old = group.get(name, _MISSING)
-            if name in _NAMING or same(old, value):
-                continue
-            if isinstance(old, Tensor) and isinstance(value, Tensor) and old.shape == value.shape:
-                with torch.no_grad():
-                    old.copy_(value)
-            else:
-                group[name] = value
+            if name not in _NAMING and not same(old, value):
+                assign(group, name, value)
+
+
+def assign(group: dict[str, Any], name: str, value: Any) -> None:
+    """Set a group's value; a tensor (a learning rate that a graph refers to) in place."""
+    old = group.get(name)
+    if isinstance(old, Tensor) and isinstance(value, Tensor) and old.shape == value.shape:
+        with torch.no_grad():
+            old.copy_(value)
+    else:
+        group[name] = value
 
 
 def coupled(optimizer: Optimizer, reason: str) -> CoupledOptimizerError:

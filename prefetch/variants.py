@@ -6,7 +6,7 @@ cancels. Costs a plan each: the caller asks for few of them where traces are lon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from offload.prefetch.plan import Forecast
@@ -117,8 +117,3 @@ def with_work(now: Situation, times: float, which: Callable[[Moment], bool]) -> 
         replace(m, compute_s=m.compute_s * times) if which(m) else m for m in now.trace.moments
     )
     return replace(now, trace=replace(now.trace, moments=moments))
-
-
-def fastest(savings: Sequence[tuple[str, float]], step_s: float) -> list[tuple[str, float]]:
-    """Those worth saying, in the order given."""
-    return [(text, saved_s) for text, saved_s in savings if saved_s > WORTH_SHARE * step_s]

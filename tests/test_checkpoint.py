@@ -180,6 +180,13 @@ def test_going_back_in_the_same_run(trained: Trained) -> None:
     assert train(run, scheduler) == losses
 
 
+def test_a_graph_from_before_loading_knows_that_weights_changed(trained: Trained) -> None:
+    run, scheduler, point = trained
+    before = [p._version for p in run.model.parameters()]
+    run.load(point, scheduler)
+    assert all(p._version > v for p, v in zip(run.model.parameters(), before, strict=True))
+
+
 def test_another_budget_and_no_disk(trained: Trained, spill: Path) -> None:
     run, scheduler, point = trained
     losses = train(run, scheduler)

@@ -15,22 +15,10 @@ from torch.nn.functional import cross_entropy
 import offload
 from offload.errors import OffloadError
 from offload.watch import Watch
+from tests.small import backward, small_mlp
 
 if TYPE_CHECKING:
     from tests.conftest import Life, Manager, Twins
-
-
-def backward(loss: Tensor) -> None:
-    """``loss.backward`` with a type."""
-    loss.backward()
-
-
-def small_mlp() -> nn.Module:
-    """Three layers, of which one spans two chunks."""
-    torch.manual_seed(3)
-    return nn.Sequential(
-        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 8)
-    )
 
 
 # -- errors -----------------------------------------------------------------------------------

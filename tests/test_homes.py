@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +90,18 @@ def test_write_beside_a_staged_copy_is_kept(rig: Rig, read_done: bool) -> None:
     assert all_are(rig.tensors[0], 8.0)
 
 
+def test_write_beside_a_staged_copy_that_has_left_the_page_cache_is_kept(rig: Rig) -> None:
+    chunk = rig.evicted(0, 1.0)
+    rig.space.start_load(chunk)
+    rig.read.run_all()
+    rig.tensors[0].fill_(8.0)
+    os.fsync(rig.disk.fd)
+    vm.map_file(chunk.address, chunk.size_bytes, rig.disk.fd, chunk.offset)
+    os.posix_fadvise(rig.disk.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    rig.space.install(chunk)
+    assert all_are(rig.tensors[0], 8.0)
+
+
 def test_write_beside_a_staged_copy_and_a_later_own_write_is_kept(rig: Rig) -> None:
     chunk, other = rig.evicted(0, 1.0), rig.fill(1, 2.0)
     rig.space.start_load(chunk)
@@ -136,6 +149,12 @@ def test_void_chunk_written_through_its_mapping_is_believed(rig: Rig) -> None:
     rig.tensors[2].fill_(4.0)
     rig.load(rig.space.chunks[2])
     assert all_are(rig.tensors[2], 4.0)
+
+
+def test_void_chunk_that_nobody_wrote_to_after_all_is_believed(rig: Rig) -> None:
+    rig.space.trust_file(rig.space.chunks[2])
+    rig.load(rig.space.chunks[2])
+    assert all_are(rig.tensors[2], 0.0)
 
 
 def test_abandoned_load_leaves_the_file_in_charge(rig: Rig) -> None:

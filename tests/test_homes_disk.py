@@ -126,6 +126,7 @@ def test_write_error_leaves_the_chunk_resident(faulty: tuple[Rig, FaultyDisk]) -
     with pytest.raises(OSError, match="No space left"):
         rig.save(chunk)
     assert chunk.backing is Backing.RAM
+    assert chunk.dirty, "its only copy is in memory"
     assert all_are(rig.tensors[1], 3.0)
     disk.fault = None
     rig.evict(chunk)  # a second try is possible

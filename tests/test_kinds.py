@@ -11,19 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
+from tests.small import small_mlp
+
 if TYPE_CHECKING:
     from tests.conftest import Life, Twins
 
 TIGHT = 160 * 1024
 BuildOptimizer = Callable[[list[nn.Parameter]], Optimizer]
-
-
-def small_mlp() -> nn.Module:
-    """Three layers, of which one spans two chunks."""
-    torch.manual_seed(3)
-    return nn.Sequential(
-        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 8)
-    )
 
 
 class Odd(nn.Module):

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
+
+from tests.small import backward, small_mlp
 
 if TYPE_CHECKING:
     from tests.conftest import Life, Manager, Twins
@@ -19,19 +21,6 @@ if TYPE_CHECKING:
 ROOMY = 2**20  # for the large model; it has 1.6 MiB of weights, gradients and state
 TIGHT = 160 * 1024  # for the small one, of 280 KiB
 BuildOptimizer = Callable[[list[nn.Parameter]], Optimizer]
-
-
-def backward(loss: Tensor) -> None:
-    """``loss.backward`` with a type."""
-    loss.backward()
-
-
-def small_mlp() -> nn.Module:
-    """Three layers, of which one spans two chunks."""
-    torch.manual_seed(3)
-    return nn.Sequential(
-        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 8)
-    )
 
 
 # -- which parameters are trained -------------------------------------------------------------

@@ -89,6 +89,16 @@ def fill_grads(params: list[nn.Parameter], step: int, skip: int | None = None) -
         p.grad = None if i == skip else grad
 
 
+def step_both(
+    plain: Optimizer, chunked: Optimizer, a: list[nn.Parameter], b: list[nn.Parameter], step: int
+) -> None:
+    """The same gradients for both, then a step of each."""
+    fill_grads(a, step)
+    fill_grads(b, step)
+    plain.step()
+    chunked.step()
+
+
 def install(optimizer: Optimizer, **options: Any) -> tuple[ChunkedStep, NotHere]:
     known = profile(optimizer)
     store = NotHere(optimizer, known, 22_000)
@@ -192,10 +202,7 @@ def test_schedulers_made_before_or_after(before: bool) -> None:
     if before:
         install(chunked)
     for step in range(4):
-        fill_grads(a, step)
-        fill_grads(b, step)
-        plain.step()
-        chunked.step()
+        step_both(plain, chunked, a, b, step)
         schedule.step()
         other.step()
     assert schedule.get_last_lr() == other.get_last_lr()
@@ -285,18 +292,12 @@ def test_step_hooks_fire_once_and_see_whole_groups() -> None:
 def test_state_dict_goes_both_ways(name: str) -> None:
     plain, chunked, a, b = pair(OPTIMIZERS[name], SPECIAL.get(name, SHAPES))
     for step in range(2):  # wrapped after training began
-        fill_grads(a, step)
-        fill_grads(b, step)
-        plain.step()
-        chunked.step()
+        step_both(plain, chunked, a, b, step)
     _, store = install(chunked)
     assert_at_home(chunked, store)
     assert_same(plain, chunked)
     for step in range(2, 5):
-        fill_grads(a, step)
-        fill_grads(b, step)
-        plain.step()
-        chunked.step()
+        step_both(plain, chunked, a, b, step)
         saved = copy.deepcopy(plain.state_dict())  # torch loads without copying
         plain.load_state_dict(copy.deepcopy(chunked.state_dict()))
         chunked.load_state_dict(saved)
@@ -308,16 +309,10 @@ def test_state_replaced_by_hand_is_adopted() -> None:
     plain, chunked, a, b = pair(OPTIMIZERS["adamw"])
     _, store = install(chunked)
     for step in range(3):
-        fill_grads(a, step)
-        fill_grads(b, step)
-        plain.step()
-        chunked.step()
+        step_both(plain, chunked, a, b, step)
         for optimizer, p in ((plain, a[0]), (chunked, b[0])):
             optimizer.state[p]["exp_avg"] = torch.full_like(p, 0.25)
-    fill_grads(a, 4)
-    fill_grads(b, 4)
-    plain.step()
-    chunked.step()
+    step_both(plain, chunked, a, b, 4)
     assert_at_home(chunked, store)
     assert_same(plain, chunked)
     plain.state.clear()
@@ -337,10 +332,7 @@ def test_unmanaged_state_stays_plain() -> None:
     store = Homeless(chunked, known, 22_000)
     ChunkedStep(chunked, known, store, piece_elements=PIECE)
     for step in range(3):
-        fill_grads(a, step)
-        fill_grads(b, step)
-        plain.step()
-        chunked.step()
+        step_both(plain, chunked, a, b, step)
     assert_same(plain, chunked)
 
 
@@ -352,10 +344,7 @@ def test_add_param_group_after_wrap() -> None:
             for optimizer, params in ((plain, a), (chunked, b)):
                 params.append(nn.Parameter(torch.ones(40, 5)))
                 optimizer.add_param_group({"params": params[-1:], "lr": 0.0})
-        fill_grads(a, step)
-        fill_grads(b, step)
-        plain.step()
-        chunked.step()
+        step_both(plain, chunked, a, b, step)
     assert_same(plain, chunked)
     assert torch.equal(b[-1], torch.ones(40, 5))
 
@@ -379,14 +368,40 @@ def test_odd_layouts_are_stepped_whole() -> None:
     assert_same(plain, chunked)
 
 
+class Counts(Optimizer):
+    """Counts the steps of each group, also of one that has nothing to step."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"k": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["k"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad / group["k"])
+
+
+def test_a_group_without_gradients_is_stepped_as_well() -> None:
+    plain, chunked, a, b = pair(Counts)
+    install(chunked)
+    for step in range(3):
+        fill_grads(a, step)
+        fill_grads(b, step)
+        for p in (*plain.param_groups[1]["params"], *chunked.param_groups[1]["params"]):
+            p.grad = None
+        plain.step()
+        chunked.step()
+    assert [g["k"] for g in chunked.param_groups] == [3, 3]
+    assert_same(plain, chunked)
+
+
 def test_close_gives_back_the_plain_step() -> None:
     plain, chunked, a, b = pair(OPTIMIZERS["adamw"])
     work, store = install(chunked)
     for step in range(4):
-        fill_grads(a, step)
-        fill_grads(b, step)
-        plain.step()
-        chunked.step()
+        step_both(plain, chunked, a, b, step)
         if step == 1:
             work.close()
             store.entered = []

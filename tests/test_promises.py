@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from tests.small import backward
 
 if TYPE_CHECKING:
     from tests.conftest import Life, Twins
-
-
-def backward(loss: Tensor, **options: Any) -> None:
-    """``loss.backward`` with a type."""
-    loss.backward(**options)
 
 
 def test_ordinary_steps(twins: Twins) -> None:

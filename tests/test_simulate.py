@@ -124,6 +124,14 @@ def test_fresh_contents_take_room_and_no_read_and_dead_ones_no_write() -> None:
     assert line.stalls_s == pytest.approx([0.0, 12.0, 0.0])
 
 
+def test_no_read_takes_the_room_that_fresh_contents_wait_for() -> None:
+    """Beside the write the read would have room, but would slow the write that all wait for."""
+    moments = (step((0, F)), step((1, F)), step((2, R)))
+    ops = (Ops(drops=(2,)), Ops(drops=(0,), loads=(2,)), Ops(drops=(1,)))
+    line = simulate(Trace(moments, (60, 60, 20), {1: 1}), DRIVE, 100, ops, frozenset({2}))
+    assert line.stalls_s == pytest.approx([0.0, 12.0, 2.0])
+
+
 def test_other_memory_waits_until_writes_have_made_room() -> None:
     moments = (step((0, F)), step(other_bytes=60))
     line = simulate(Trace(moments, (60,), {}), DRIVE, 60, (Ops(), Ops(drops=(0,))), frozenset())

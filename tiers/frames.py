@@ -34,7 +34,6 @@ class FramePool:
     def __init__(self, *, poison: bool = False) -> None:
         self.total_bytes = 0
         self.idle_bytes = 0
-        self.huge_pages = True
         self.poison = poison
         self.seen: Callable[[int, int], None] | None = None
         self._idle: defaultdict[int, list[Frame]] = defaultdict(list)
@@ -51,7 +50,7 @@ class FramePool:
             # Oldest first: frames rotate, so that a stale address is never right by chance.
             return idle.pop(0)
         address = vm.reserve(size_bytes)
-        self.huge_pages &= vm.want_huge(address, size_bytes)
+        vm.want_huge(address, size_bytes)
         self.total_bytes += size_bytes
         return Frame(address, size_bytes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import statistics
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from offload.tiers import vm
 from offload.tiers.disk import SpillFile
@@ -76,20 +76,27 @@ def cached_probe(folder: Path) -> Machine:
     return machine
 
 
-def remembered_at(folder: Path) -> Path:
-    """Where the rates of the device under a folder are kept, per user and machine."""
+def remembered_at(folder: Path, what: str = "machine") -> Path:
+    """Where figures of the device under a folder are kept, per user and machine: its rates."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offload"
-    return base / f"machine-{os.uname().nodename}-{os.stat(folder).st_dev}.json"
+    return base / f"{what}-{os.uname().nodename}-{os.stat(folder).st_dev}.json"
 
 
 def remember(folder: Path, machine: Machine) -> None:
     """Keep measured rates; where that is not possible the next run measures again."""
-    kept = remembered_at(folder)
-    with contextlib.suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(machine.to_dict()))
-        fresh.replace(kept)
+    keep(remembered_at(folder), machine.to_dict())
+
+
+def keep(file: Path, figures: dict[str, Any]) -> bool:
+    """Write what was measured, whole or not at all, as JSON. Whether that was possible."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(figures))
+        fresh.replace(file)
+    except OSError:
+        return False
+    return True
 
 
 def _buffer() -> int:

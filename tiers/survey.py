@@ -7,10 +7,7 @@ and the two directions of the link to a GPU.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -87,21 +84,14 @@ def survey(folder: Path) -> Survey:
 
 def surveyed_at(folder: Path) -> Path:
     """Where the survey of a folder's device is kept: beside the rates that the planner uses."""
-    kept = probe.remembered_at(folder)
-    return kept.with_name(f"survey-{kept.name.partition('-')[2]}")
+    return probe.remembered_at(folder, "survey")
 
 
 def remember(folder: Path, found: Survey) -> Path | None:
     """Keep a survey, and the machine for the planner. Where; None: that was not possible."""
     probe.remember(folder, found.machine)
     kept = surveyed_at(folder)
-    with contextlib.suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(found.to_dict()))
-        fresh.replace(kept)
-        return kept
-    return None
+    return kept if probe.keep(kept, found.to_dict()) else None
 
 
 def rates(works: Sequence[Work], seconds: float = ALONE_S) -> list[float]:
