@@ -73,7 +73,7 @@ def generate(
         model = from_pretrained(config.model, dtype=dtype, tuning=tuning, **asdict(config.memory))
         with runtime(model) as run:
             block = make_block(run, left, job.asked, job.tokenizer)
-            observer.note(f"at most {block.plan.micro_batches} micro-batches of {block.plan.batch}")
+            observer.note(str(run.rows))
             progress = _Progress(observer, before, len(job.lines), _rows_left(left, job.asked))
             try:
                 return _run(job, block, file, progress)

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from offload.hooks import Hooks
+from offload.parts import Parts
 from offload.places import BlockCost
 
 LOGITS_COPIES = 4  # float32 scores, sorted, their order and their shares
@@ -27,6 +29,7 @@ def block_cost(model: nn.Module) -> BlockCost:
         waiting_bytes=3 * width * size_bytes,
         layers=int(text.num_hidden_layers),
         row_bytes=LOGITS_COPIES * 4 * int(text.vocab_size),
+        result_bytes=inner * size_bytes,
     )
 
 
@@ -37,6 +40,26 @@ def largest_unit_bytes(model: nn.Module) -> int:
         for module in model.modules()
         if not isinstance(module, nn.Embedding)
     )
+
+
+def least_frames_bytes(model: nn.Module, parts: Parts) -> int:
+    """Chunks that memory holds at least while a forward pass runs, whatever is evicted.
+
+    Those of the module that has most of them. 0 where none can leave (they are no part of the
+    ledger's capacity then), and where weights are computed with in frames: there the engine
+    refuses.
+    """
+    space, homes = parts.engine.space, parts.binding.homes
+    if space.disk is None or not isinstance(parts.hooks, Hooks):
+        return 0
+    most_bytes = 0
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            continue  # a few rows are read where they lie
+        own = [homes[p] for p in module.parameters(recurse=False) if p in homes]
+        needed = {c for home in own for c in home.weight_chunks}
+        most_bytes = max(most_bytes, sum(space.chunks[c].size_bytes for c in needed))
+    return most_bytes
 
 
 def _number(config: Any, *names: str) -> int:

@@ -36,20 +36,35 @@ def cached_calibration(
 ) -> Compute:
     """The last calibration for such layers, threads and disk rates, or a new one, then kept."""
     folder.mkdir(parents=True, exist_ok=True)
+    found = kept_calibration(config, weight_dtype, folder, machine)
+    if found is not None:
+        return found
+    found = calibrate(config, weight_dtype, folder, machine)
+    with contextlib.suppress(OSError):  # then the next one measures again
+        kept = _kept_at(config, weight_dtype, folder, machine)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found.to_dict()))
+    return found
+
+
+def kept_calibration(
+    config: Any, weight_dtype: str | None, folder: Path, machine: Machine
+) -> Compute | None:
+    """The last calibration for such layers, threads and disk rates; None: there is none."""
+    try:
+        kept = _kept_at(config, weight_dtype, folder, machine)
+        return Compute.from_dict(json.loads(kept.read_text()))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _kept_at(config: Any, weight_dtype: str | None, folder: Path, machine: Machine) -> Path:
     said = {k: v for k, v in sorted(config.to_dict().items()) if k not in ("_name_or_path",)}
     rates = machine.to_dict()  # what the costs of sharing are told in: new rates, new costs
     asked = [said, weight_dtype, torch.get_num_threads(), torch.__version__, rates]
     name = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
     kept = remembered_at(folder)
-    kept = kept.with_name(f"compute-{name}-{kept.name.partition('-')[2]}")
-    try:
-        return Compute.from_dict(json.loads(kept.read_text()))
-    except (OSError, ValueError, TypeError, KeyError):
-        found = calibrate(config, weight_dtype, folder, machine)
-    with contextlib.suppress(OSError):  # then the next one measures again
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(found.to_dict()))
-    return found
+    return kept.with_name(f"compute-{name}-{kept.name.partition('-')[2]}")
 
 
 def calibrate(config: Any, weight_dtype: str | None, folder: Path, machine: Machine) -> Compute:
@@ -77,9 +92,20 @@ def few_layers(config: Any, layers: int) -> Any:
     return small
 
 
-def _sample(config: Any, weight_dtype: str | None) -> nn.Module:
+def sample_bytes(config: Any, weight_dtype: str | None) -> int:
+    """What `calibrate` holds of layers, at most."""
     plain = read_shape(config, weight_type(config, None)).weights
-    count = min(max(-(-SAMPLE_BYTES // plain.layer_bytes), 2), plain.layers)
+    packed = 2 if weight_dtype in ("int4", "int8") else 1  # beside the weights it is made from
+    return packed * _sample_layers(config) * plain.layer_bytes
+
+
+def _sample_layers(config: Any) -> int:
+    plain = read_shape(config, weight_type(config, None)).weights
+    return min(max(-(-SAMPLE_BYTES // plain.layer_bytes), 2), plain.layers)
+
+
+def _sample(config: Any, weight_dtype: str | None) -> nn.Module:
+    count = _sample_layers(config)
     model = _floating(few_layers(config, count), weight_dtype)
     _pack(model, weight_dtype)
     return model
