@@ -87,10 +87,8 @@ def provide(
     cost = caches.cost
     sizes = plan, lengths, new_tokens
     provision = Provision(plan, cost.of(*sizes), cost.kv_bytes(*sizes), caches)
-    frames_bytes, capacity_bytes = (
-        least_frames_bytes(model, parts),
-        parts.engine.ledger.capacity_bytes,
-    )
+    capacity_bytes = parts.engine.ledger.capacity_bytes
+    frames_bytes = least_frames_bytes(model, parts)
     beside_bytes = frames_bytes + cost.largest_result_bytes(plan, lengths)
     if provision.reserved_bytes + beside_bytes > capacity_bytes:
         smaller = choose_block(lengths, new_tokens, cost, _room_bytes(model, parts))
@@ -234,8 +232,9 @@ def _cost(model: nn.Module, memory_bytes: int, least_tokens: int) -> BlockCost:
             "bounded, and stay in memory; leave kv_memory and kv_dtype away"
         )
     layer_bytes = cost.position_bytes // len(layers)
+    each = 2 if config.is_encoder_decoder else 1  # its own tokens', and the encoder's
     return replace(
         cost,
         position_bytes=layer_bytes * (len(layers) - managed),
-        kv=KVCost(memory_bytes, layer_bytes, managed, least_tokens),
+        kv=KVCost(memory_bytes, layer_bytes, each * managed, least_tokens),
     )

@@ -10,11 +10,15 @@ from offload.hooks import Hooks
 from offload.parts import Parts
 from offload.places import BlockCost
 
+INNER = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim")
 LOGITS_COPIES = 4  # float32 scores, sorted, their order and their shares
 
 
 def block_cost(model: nn.Module) -> BlockCost:
-    """Bytes by token and row. A configuration that does not say takes the usual shape."""
+    """Bytes by token and row. A configuration that does not say takes the usual shape.
+
+    In an encoder-decoder keys and values of the prompt are those of the cross-attention.
+    """
     config: Any = model.config
     text = config.get_text_config(decoder=True)
     width = int(text.hidden_size)
@@ -22,7 +26,8 @@ def block_cost(model: nn.Module) -> BlockCost:
     heads = int(getattr(text, "num_attention_heads", 0) or 1)
     kv_heads = int(getattr(text, "num_key_value_heads", 0) or heads)
     head_width = int(getattr(text, "head_dim", 0) or width // heads)
-    inner = _number(text, "intermediate_size", "ffn_dim", "n_inner", "d_ff") or 4 * width
+    inner = _number(text, *INNER) or 4 * width
+    encodes = bool(config.is_encoder_decoder)
     return BlockCost(
         position_bytes=2 * int(text.num_hidden_layers) * kv_heads * head_width * size_bytes,
         token_bytes=(6 * width + 3 * inner + 4 * kv_heads * head_width) * size_bytes,
@@ -30,6 +35,7 @@ def block_cost(model: nn.Module) -> BlockCost:
         layers=int(text.num_hidden_layers),
         row_bytes=LOGITS_COPIES * 4 * int(text.vocab_size),
         result_bytes=inner * size_bytes,
+        encoding_bytes=width * size_bytes * encodes,
     )
 
 
@@ -71,3 +77,15 @@ def positions_of(model_config: Any) -> int | None:
     """How many positions the model has; None: it does not say."""
     found = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
     return int(found) if found else None
+
+
+def longest_prompt(model_config: Any) -> int | None:
+    """Tokens that a prompt may have; None: the model does not say.
+
+    A decoder's new tokens need positions too; an encoder has its own.
+    """
+    if not model_config.is_encoder_decoder:
+        found = positions_of(model_config)
+        return found - 1 if found else None
+    names = "max_encoder_position_embeddings", "max_position_embeddings"
+    return _number(model_config, *names) or None

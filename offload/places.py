@@ -71,7 +71,8 @@ class BlockCost:
     ``kv``; ``token_bytes``: activations of one token in
     the pass that runs; ``waiting_bytes``: in a pass that waits for its turn; ``row_bytes``: of
     each row whatever its length (logits); ``layers``: that keep keys and values. ``result_bytes``:
-    of the largest single result of one token, which the recorded pass makes room for once more.
+    of the largest single result of one token, which the recorded pass makes room for once more;
+    ``encoding_bytes``: what an encoder made of one token of a prompt.
     """
 
     position_bytes: int
@@ -81,6 +82,7 @@ class BlockCost:
     kv: KVCost | None = None
     layers: int = 1
     result_bytes: int = 0
+    encoding_bytes: int = 0
 
     def of(self, plan: BlockPlan, lengths: Sequence[int], new_tokens: int) -> int:
         """What a block needs at most, of prompts of these lengths.
@@ -122,6 +124,7 @@ class BlockCost:
             self.position_bytes * (sum(longest) + new_tokens * len(longest))
             + self.token_bytes * running
             + self.waiting_bytes * (sum(longest) - running)
+            + self.encoding_bytes * sum(longest)
             + self.row_bytes * len(longest)
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,11 +21,12 @@ from offload.hooks import Hooks
 from offload.parts import Parts
 from offload.places import BlockCost, BlockPlan, choose_block
 from offload.prefetch.generation import Policy, Rates, Shape, Workload
-from offload.prefetch.rehearse import rehearse
-from offload.prefetch.search import Candidate, NothingFits, Problem, search
 from offload.quantised import Quantised
 from offload.tiers.disk import DiskFull
 from offload.tiers.spec import MIB, Budget, Compute, Machine, format_size
+
+if TYPE_CHECKING:
+    from offload.prefetch.search import Candidate, Problem
 
 WORTH_S = 60.0  # of reading weights, that a run needs to be worth the measurement's ten
 PROBE_BYTES = 112 * MIB  # that measuring attention and reads holds beside the layers
@@ -118,6 +119,7 @@ class RowChooser:
         return max(weight_bytes + block_bytes - self._capacity_bytes, 0)
 
     def _problem(self, fitting: BlockPlan) -> Problem:
+        from offload.prefetch.search import Problem
         from offload.shape import read_shape, weight_type
 
         config, stored = self._model.config, stored_form(self._model)
@@ -166,6 +168,9 @@ class RowChooser:
             engine.ledger.give_other(needed_bytes)
 
     def _search(self, problem: Problem) -> Policy:
+        from offload.prefetch.rehearse import rehearse  # scipy: only where something is searched
+        from offload.prefetch.search import NothingFits, search
+
         least_bytes = least_frames_bytes(self._model, self._parts)
 
         def allowed(candidate: Candidate) -> bool:

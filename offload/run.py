@@ -210,13 +210,13 @@ class Runtime:
         fit: ``stats()["generate"]`` says which and why. ``kv_memory``: keys and values of all rows
         live in so much memory and on disk, as in ``kv_cache``, instead of whole in memory;
         ``kv_dtype`` "int4" or "int2" codes them (other numbers), in half of what weights leave
-        where no ``kv_memory`` is given. ``on_step`` is told of every step, with the rows that ended in it.
-        See ``offload.block``. A row's tokens are those of ``model.generate`` up to the rounding of
-        products of more rows.
+        where no ``kv_memory`` is given. ``on_step`` is told of every step, with the rows that ended
+        in it. See ``offload.block``. A row's tokens are those of ``model.generate`` up to the
+        rounding of products of more rows; of an encoder-decoder those that its decoder adds.
 
-        Raises OffloadError for models with an encoder, and for prompts without a token or longer
-        than the model; BudgetError, in advance, for a block that does not fit or where not one row
-        does; ValueError for settings out of range.
+        Raises OffloadError for models with a recurrent state, and for prompts without a token or
+        longer than the model; BudgetError, in advance, for a block that does not fit or where not
+        one row does; ValueError for settings out of range.
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         kv = KVAsked(kv_memory, kv_dtype)

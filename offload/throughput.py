@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offload.block import Block, BlockStep, Row, generation_config
 from offload.blockcaches import KVAsked, caches_for, provide
-from offload.blockroom import positions_of
+from offload.blockroom import longest_prompt, positions_of
 from offload.ending import Ending
 from offload.errors import OffloadError
 from offload.places import BlockPlan
@@ -68,8 +68,9 @@ def make_block(
         asked.stop,
         _reader(tokenizer) if tokenizer is not None else None,
     )
+    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
     for row, prompt in prompts.items():
-        _check(row, prompt, ending.positions, int(config.get_text_config(decoder=True).vocab_size))
+        _check(row, prompt, longest_prompt(config), vocabulary)
     _say_what_is_not_applied(generation)
     caches = caches_for(model, parts, run.given, asked.kv)
     lengths = [len(prompt) for prompt in prompts.values()]
@@ -101,13 +102,13 @@ def generate(
     return sorted(rows, key=lambda row: row.index)
 
 
-def _check(row: int, prompt: Sequence[int], positions: int | None, vocabulary: int) -> None:
+def _check(row: int, prompt: Sequence[int], most: int | None, vocabulary: int) -> None:
     if not prompt:
         raise OffloadError(f"generate(): prompt {row} is empty; begin it with a token")
-    if positions is not None and len(prompt) >= positions:
+    if most is not None and len(prompt) > most:
         raise OffloadError(
-            f"generate(): prompt {row} has {len(prompt)} tokens, but the model has {positions} "
-            "positions; shorten it"
+            f"generate(): prompt {row} has {len(prompt)} tokens, but the model takes {most}; "
+            "shorten it"
         )
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:
         raise OffloadError(
