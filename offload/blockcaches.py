@@ -223,7 +223,8 @@ def _cost(model: nn.Module, memory_bytes: int, least_tokens: int) -> BlockCost:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    cost, config = block_cost(model), model.config
+    cost = block_cost(model)
+    config: Any = model.config
     layers = DynamicCache(config=config).layers  # type: ignore[no-untyped-call,unused-ignore]
     managed = sum(type(layer) is DynamicLayer for layer in layers)
     if not managed:

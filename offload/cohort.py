@@ -123,6 +123,7 @@ class EncodedCohort(Cohort):
     ) -> None:
         super().__init__(rows, prompts, cache, dialect)
         self._prompts, self._mask = padded(prompts, before=False)
+        assert dialect.start is not None
         self._next = torch.full((len(prompts), 1), dialect.start)
         self._encoded: Tensor | None = None  # [rows, tokens of the longest prompt, width]
 

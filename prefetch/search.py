@@ -182,7 +182,7 @@ def _compute_lines(
     host = np.zeros(_SHARES + 1)
     own = rates.host if rates.device is None else rates.device
     at_once = candidate.batch * tokens
-    pass_s = weights.layers * weights.layer_elements * own.weight_s(at_once)
+    pass_s = weights.layers * weights.layer_s(at_once, own)
     pass_s += weights.head_elements * own.weight_s(candidate.batch)  # logits of the last token
     scores = candidate.batch * tokens * (tokens - 1) * rows.attention_width
     pass_s += scores * own.weight_s(own.product_s[-1][0]) / own.product_s[-1][0]
