@@ -178,14 +178,15 @@ def test_bytes_of_a_streamed_mixtral_are_those_that_were_planned(
     model = model_of(a_mixtral(), "float32").eval()
     run = manage(model, host_bytes=int(host_mib * MIB))
     meter, read = run.parts.engine.space.lanes["read"].meter, list[int]()
-    batch = BlockPlan(rows)
-    run.generate(
-        [[3, 4, 5]] * rows, 8, plan=batch, on_step=lambda _: read.append(meter.moved_bytes)
-    )
-    measured_bytes = statistics.median(b - a for a, b in itertools.pairwise(read[2:]))
+
+    def note(_: object) -> None:
+        read.append(meter.moved_bytes)
+
+    run.generate([[3, 4, 5]] * rows, 16, plan=BlockPlan(rows), on_step=note)
+    measured_bytes = statistics.median(b - a for a, b in itertools.pairwise(read[4:]))
     problem = Problem(
         read_shape(model.config), Rates(MACHINE, HOST),
-        Budget(run.parts.engine.ledger.capacity_bytes), Workload(rows, 3, 8),
+        Budget(run.parts.engine.ledger.capacity_bytes), Workload(rows, 3, 16),
     )  # fmt: skip
     found = solve(problem, Candidate(rows, 1))
     assert found is not None
