@@ -7,7 +7,7 @@ only for a run that is long enough; the memory is taken from the budget meanwhil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ from offload.parts import Parts
 from offload.places import BlockCost, BlockPlan, choose_block
 from offload.prefetch.generation import Policy, Rates, Shape, Workload
 from offload.quantised import Quantised
+from offload.spare import free_memory_bytes
+from offload.tiers import vm
 from offload.tiers.disk import DiskFull
 from offload.tiers.spec import MIB, Budget, Compute, Machine, format_size
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 WORTH_S = 60.0  # of reading weights, that a run needs to be worth the measurement's ten
 PROBE_BYTES = 112 * MIB  # that measuring attention and reads holds beside the layers
+SPARE_BYTES = 128 * MIB  # of the system's, beyond the budget: measuring leaves some 50 MiB behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +153,19 @@ class RowChooser:
         reading_s = passes * self._away_bytes(fitting) / machine.read_bytes_per_s
         if reading_s < WORTH_S:
             raise _NotSearchedError("too short a run to measure for")
-        what = "measuring how fast layers compute"
         needed_bytes = sample_bytes(self._model.config, form) + PROBE_BYTES
         needed_bytes += 512 * shape.rows.token_bytes
-        engine = self._parts.engine
+        return self._measured_within(needed_bytes, lambda: cached_calibration(*asked))
+
+    def _measured_within(self, needed_bytes: int, measure: Callable[[], Compute]) -> Compute:
+        """Raises _NotSearchedError where there is no room for it."""
+        what, engine = "measuring how fast layers compute", self._parts.engine
+        coming_bytes = engine.ledger.budget_bytes - engine.ledger.used_bytes
+        if free_memory_bytes() - coming_bytes < SPARE_BYTES:
+            raise _NotSearchedError(
+                f"{what} would leave the system too little; `offload plan --task generate` does it "
+                "beforehand"
+            )
         try:
             engine.take_other(needed_bytes, what)
         except BudgetError:
@@ -161,11 +173,12 @@ class RowChooser:
             raise _NotSearchedError(f"{what} would need {size}") from None
         try:
             with torch.random.fork_rng(devices=[]):  # the sample's weights are random
-                return cached_calibration(*asked)
+                return measure()
         except DiskFull as error:
             raise _NotSearchedError(f"{what}: {error.strerror}") from None
         finally:
             engine.ledger.give_other(needed_bytes)
+            vm.return_freed_memory()
 
     def _search(self, problem: Problem) -> Policy:
         from offload.prefetch.rehearse import rehearse  # scipy: only where something is searched
