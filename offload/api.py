@@ -31,6 +31,7 @@ from offload.handle import Handle, taken_over
 from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
 from offload.homing import adopt_parameter
 from offload.ledger import Ledger
+from offload.modelclass import auto_class
 from offload.optim.learn import learn
 from offload.optim.mirror import OptimizerProfile
 from offload.optim.narrow import Narrowing
@@ -168,7 +169,7 @@ def from_pretrained(
     weight_dtype: str | None = None,
     tuning: Tuning | None = None,
 ) -> Any:
-    """A Hugging Face model (causal LM unless ``model_class``), managed, never whole in memory.
+    """A Hugging Face language model (or a ``model_class``), managed, never whole in memory.
 
     ``dtype``: of the weights, None keeps the checkpoint's; ``compute_dtype``: of the copies that
     are computed with, as in `wrap`. Host memory at load stays within the budget plus the largest
@@ -177,7 +178,7 @@ def from_pretrained(
     """
     import transformers  # heavy, and only needed here
 
-    loader = model_class or transformers.AutoModelForCausalLM
+    loader = model_class or auto_class(transformers.AutoConfig.from_pretrained(path_or_id))
 
     def load() -> Any:
         # Loading in threads would escape the scratch mode, which is the loading thread's own.

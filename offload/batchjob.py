@@ -13,11 +13,12 @@ import torch
 from offload.api import from_pretrained
 from offload.block import Block, BlockStep, Row
 from offload.blockcaches import KVAsked
-from offload.blockroom import positions_of
+from offload.blockroom import longest_prompt
 from offload.config import Tuning
 from offload.generateconfig import GenerateConfig
 from offload.handle import runtime
 from offload.interrupt import Interrupt
+from offload.modelclass import auto_class
 from offload.places import BlockPlan
 from offload.preflight import check_spill_directory, load_tokenizer, read_model_config
 from offload.progress import Observer, View
@@ -51,6 +52,7 @@ class Job:
     lines: Sequence[PromptLine]
     ids: Sequence[Sequence[int]]
     tokenizer: Any
+    model_class: Any
 
 
 def generate(
@@ -70,10 +72,13 @@ def generate(
         if not left:
             return Generated(0, before, len(job.lines))
         dtype = getattr(torch, config.compute.dtype) if config.compute.dtype else None
-        model = from_pretrained(config.model, dtype=dtype, tuning=tuning, **asdict(config.memory))
+        model = from_pretrained(
+            config.model, model_class=job.model_class, dtype=dtype, tuning=tuning,
+            **asdict(config.memory),
+        )  # fmt: skip
         with runtime(model) as run:
             block = make_block(run, left, job.asked, job.tokenizer)
-            observer.note(f"at most {block.plan.micro_batches} micro-batches of {block.plan.batch}")
+            observer.note(str(run.rows))
             progress = _Progress(observer, before, len(job.lines), _rows_left(left, job.asked))
             try:
                 return _run(job, block, file, progress)
@@ -94,15 +99,10 @@ def prepare(config: GenerateConfig, *, dry: bool = False) -> Job:
         )
     lines = read_prompts(Path(config.data.prompts).expanduser())
     model_config = read_model_config(config.model)
-    if model_config.is_encoder_decoder:
-        raise InputError(
-            f"{config.model} has an encoder: 'offload generate' is for decoders alone; use "
-            "model.generate() on offload.from_pretrained(...)"
-        )
     check_spill_directory(config.memory, dry=dry)
     tokenizer = load_tokenizer(config.model)
-    ids = encode(lines, tokenizer, positions_of(model_config))
-    return Job(config, asked, lines, ids, tokenizer)
+    ids = encode(lines, tokenizer, longest_prompt(model_config))
+    return Job(config, asked, lines, ids, tokenizer, auto_class(model_config))
 
 
 def done_before(job: Job) -> int:

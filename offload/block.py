@@ -31,6 +31,8 @@ from offload.ring import InRing, Ring, run_in_turns
 from offload.sampling import Picker, Sampling
 from offload.steps import Kind
 
+Works = Sequence[Callable[[], None]]  # one pass each
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -100,8 +102,8 @@ class Block:
                 for rows in begun:
                     prompts = [self._prompts[row] for row in rows]
                     # The last token that is generated is not fed again.
-                    tokens = max(map(len, prompts)) + self._ending.new_tokens - 1
-                    cohorts.append(Cohort(rows, prompts, caches.new(tokens), self._dialect))
+                    tokens = max(map(self._dialect.fed, prompts)) + self._ending.new_tokens - 1
+                    cohorts.append(self._dialect.begin(rows, prompts, caches.new(tokens)))
                 picked = self._forward(cohorts)
                 finished = self._settle(cohorts, picked, written)
                 for cohort in cohorts:
@@ -121,14 +123,21 @@ class Block:
         """The next token of each row of each cohort."""
         picked: list[list[int]] = [[] for _ in cohorts]
 
+        def encode(index: int) -> None:
+            with torch.no_grad():
+                cohorts[index].encode(self._model)
+
         def work(index: int) -> None:
             with torch.no_grad():
                 logits = cohorts[index].forward(self._model)
                 picked[index] = self._picker.pick(logits, cohorts[index].rows)
 
-        works, cost = [partial(work, i) for i in range(len(cohorts))], self._provision.caches.cost
+        cost = self._provision.caches.cost
+        # First all new prompts go through the encoder, so that its weights too are loaded once.
+        first = [partial(encode, i) for i, c in enumerate(cohorts) if c.encodes]
+        stages = [first, [partial(work, i) for i in range(len(cohorts))]]
         turn_bytes = max(cost.turn_bytes(c.call.tokens, c.call.extent // 2) for c in cohorts)
-        _one_step(self._parts, _call(cohorts), works, turn_bytes)
+        _one_step(self._parts, _call(cohorts), stages, turn_bytes)
         # transformers' caches are copied as they grow, and malloc keeps what they leave.
         self._parts.engine.ledger.passed(self._provision.passing_bytes)
         return picked
@@ -143,7 +152,7 @@ class Block:
             for row, token in zip(cohort.rows, tokens, strict=True):
                 new = written.setdefault(row, [])
                 new.append(token)
-                reason = self._ending.reason(len(self._prompts[row]), new)
+                reason = self._ending.reason(self._dialect.fed(self._prompts[row]), new)
                 if reason is None:
                     going.append(row)
                     continue
@@ -163,32 +172,35 @@ def _call(cohorts: Sequence[Cohort]) -> Call:
     return Call("", goes_on, sum(c.tokens for c in calls), sum(c.extent for c in calls))
 
 
-def _one_step(
-    parts: Parts, call: Call, works: Sequence[Callable[[], None]], turn_bytes: int
-) -> None:
-    """One forward pass in each of ``works``, all together one step, side by side."""
+def _one_step(parts: Parts, call: Call, stages: Sequence[Works], turn_bytes: int) -> None:
+    """One pass in each of a stage's works, side by side; all stages together are one step."""
     hooks = parts.hooks
     if hooks is None:
         raise OffloadError("generate(): this run is closed")
     if not isinstance(hooks, Hooks):  # frames: one after the other
-        for work in works:
+        for work in (work for works in stages for work in works):
             work()
         return
     with hooks.one_step(call):
-        if len(works) == 1 or parts.engine.space.disk is None:
-            for work in works:
-                work()
-            return
-        # Each thread has a malloc arena of its own, which keeps what its pass gives back.
-        ring = Ring(len(works), lambda _: parts.engine.ledger.passed(turn_bytes))
-        run_in_turns(ring, [partial(_in_turn, hooks, InRing(ring, i), w)
-                            for i, w in enumerate(works)])  # fmt: skip
-        error, ring.error = ring.error, None  # no cycle
-        try:
-            if error is not None:
-                raise error
-        finally:
-            del error
+        for works in stages:
+            _side_by_side(parts, hooks, works, turn_bytes)
+
+
+def _side_by_side(parts: Parts, hooks: Hooks, works: Works, turn_bytes: int) -> None:
+    if len(works) <= 1 or parts.engine.space.disk is None:
+        for work in works:
+            work()
+        return
+    # Each thread has a malloc arena of its own, which keeps what its pass gives back.
+    ring = Ring(len(works), lambda _: parts.engine.ledger.passed(turn_bytes))
+    run_in_turns(ring, [partial(_in_turn, hooks, InRing(ring, i), w)
+                        for i, w in enumerate(works)])  # fmt: skip
+    error, ring.error = ring.error, None  # no cycle
+    try:
+        if error is not None:
+            raise error
+    finally:
+        del error
 
 
 def _in_turn(hooks: Hooks, turn: InRing, work: Callable[[], None]) -> None:
@@ -236,16 +248,11 @@ def _bound_s(parts: Parts) -> float | None:
 
 
 def generation_config(model: Any) -> Any:
-    """The model's own. Raises OffloadError for what is no Hugging Face decoder."""
+    """The model's own. Raises OffloadError for what is no Hugging Face model that generates."""
     config = getattr(model, "generation_config", None)
     if config is None or getattr(model, "config", None) is None:
         raise OffloadError(
             f"{type(model).__name__} has no generation_config: runtime.generate() is for Hugging "
             "Face models that can generate"
-        )
-    if model.config.is_encoder_decoder:
-        raise OffloadError(
-            f"{type(model).__name__} has an encoder: runtime.generate() is for decoders alone; "
-            "use model.generate(), a batch at a time"
         )
     return config

@@ -9,17 +9,17 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from offload.blockroom import block_cost, largest_unit_bytes
+from offload.blockroom import block_cost, largest_unit_bytes, least_frames_bytes
 from offload.cohort import dynamic_caches
 from offload.config import Given, Size
-from offload.errors import OffloadError
+from offload.errors import BudgetError, OffloadError
 from offload.hooks import Hooks
 from offload.kivi import BITS, GROUP
 from offload.kvstore import KVStore
 from offload.parts import Parts
 from offload.places import BlockCost, BlockPlan, KVCost, choose_block
 from offload.prefetch.cache import choose_block_tokens
-from offload.tiers.spec import parse_size
+from offload.tiers.spec import format_size, parse_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +81,49 @@ class Provision:
 
 def provide(
     model: nn.Module, parts: Parts, lengths: Sequence[int], new_tokens: int,
-    plan: BlockPlan | None, caches: Caches,
+    plan: BlockPlan, caches: Caches,
 ) -> Provision:  # fmt: skip
-    """For prompts of these lengths, in tokens. Without ``plan``: as many rows at once as fit."""
-    plan = plan or choose_block(lengths, new_tokens, caches.cost, _room_bytes(model, parts))
+    """For prompts of these lengths, in tokens. Raises BudgetError for what cannot fit."""
     cost = caches.cost
     sizes = plan, lengths, new_tokens
-    return Provision(plan, cost.of(*sizes), cost.kv_bytes(*sizes), caches)
+    provision = Provision(plan, cost.of(*sizes), cost.kv_bytes(*sizes), caches)
+    capacity_bytes = parts.engine.ledger.capacity_bytes
+    frames_bytes = least_frames_bytes(model, parts)
+    beside_bytes = frames_bytes + cost.largest_result_bytes(plan, lengths)
+    if provision.reserved_bytes + beside_bytes > capacity_bytes:
+        smaller = choose_block(lengths, new_tokens, cost, _room_bytes(model, parts))
+        needed_bytes = cost.of(smaller, lengths, new_tokens) + frames_bytes
+        needed_bytes += cost.largest_result_bytes(smaller, lengths)
+        fits = smaller if needed_bytes <= capacity_bytes else None
+        raise _too_large(provision, beside_bytes, fits, parts)
+    return provision
+
+
+def _too_large(
+    provision: Provision, least_bytes: int, smaller: BlockPlan | None, parts: Parts
+) -> BudgetError:
+    """``least_bytes``: beside the block, weights most of all. ``smaller``: a block that fits."""
+    plan, ledger = provision.plan, parts.engine.ledger
+    activations_bytes = provision.reserved_bytes - provision.kv_bytes
+    needed_bytes = provision.reserved_bytes + least_bytes
+    smallest_bytes = needed_bytes + ledger.budget_bytes - ledger.capacity_bytes
+    remedies = []
+    if smaller is not None and smaller.rows < plan.rows:
+        said = f"BlockPlan({smaller.batch}, {smaller.micro_batches})"
+        remedies.append(f"a smaller batch ({said} fits)")
+    on_disk = provision.caches.cost.kv is not None
+    remedies.append("less kv_memory" if on_disk else "keys and values on disk (kv_memory=...)")
+    remedies.append(f"host_memory of at least {format_size(smallest_bytes)}")
+    return BudgetError(
+        f"host tier: the block of rows to generate ({plan.micro_batches} micro-batches of "
+        f"{plan.batch}) needs {format_size(provision.kv_bytes)} for keys and values and "
+        f"{format_size(activations_bytes)} for activations, beside {format_size(least_bytes)} "
+        f"for the weights that are computed with: {format_size(needed_bytes)}, but host_memory "
+        f"leaves {format_size(ledger.capacity_bytes)} of {format_size(ledger.budget_bytes)}; give "
+        + ", or ".join(remedies),
+        tier="host", needed_bytes=needed_bytes, given_bytes=ledger.budget_bytes,
+        smallest_bytes=smallest_bytes,
+    )  # fmt: skip
 
 
 def caches_for(model: nn.Module, parts: Parts, given: Given, asked: KVAsked) -> Caches:
@@ -187,7 +223,8 @@ def _cost(model: nn.Module, memory_bytes: int, least_tokens: int) -> BlockCost:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    cost, config = block_cost(model), model.config
+    cost = block_cost(model)
+    config: Any = model.config
     layers = DynamicCache(config=config).layers  # type: ignore[no-untyped-call,unused-ignore]
     managed = sum(type(layer) is DynamicLayer for layer in layers)
     if not managed:
@@ -196,8 +233,9 @@ def _cost(model: nn.Module, memory_bytes: int, least_tokens: int) -> BlockCost:
             "bounded, and stay in memory; leave kv_memory and kv_dtype away"
         )
     layer_bytes = cost.position_bytes // len(layers)
+    each = 2 if config.is_encoder_decoder else 1  # its own tokens', and the encoder's
     return replace(
         cost,
         position_bytes=layer_bytes * (len(layers) - managed),
-        kv=KVCost(memory_bytes, layer_bytes, managed, least_tokens),
+        kv=KVCost(memory_bytes, layer_bytes, each * managed, least_tokens),
     )

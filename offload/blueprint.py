@@ -18,6 +18,7 @@ from offload.errors import OffloadError
 from offload.internals import fake_mode
 from offload.lora import add_adapters
 from offload.machines import DTYPES
+from offload.modelclass import auto_class
 from offload.optim.learn import learn
 from offload.outline import Outline, outline
 
@@ -88,14 +89,11 @@ def build(config: Any, job: FineTune, *, contents: bool = True) -> Any:
 
     Without ``contents`` quantised weights have no codes.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
     both = getattr(config, "is_encoder_decoder", False)
     if both and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 0  # what shifts the labels; its value changes no shape
-    kind = AutoModelForSeq2SeqLM if both else AutoModelForCausalLM
     try:
-        model = kind.from_config(config, dtype=getattr(torch, job.dtype))
+        model = auto_class(config).from_config(config, dtype=getattr(torch, job.dtype))
     except ValueError as error:
         raise OffloadError(f"plan: neither a causal nor a seq2seq model: {error}") from error
     if job.weight_dtype is not None:

@@ -18,24 +18,39 @@ NewCache = Callable[[int], Any]  # a transformers Cache for so many tokens
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """What a model's forward understands."""
+    """What a model's forward understands. ``start``: what an encoder-decoder's answers begin with,
+    None: the model has no encoder.
+    """
 
     position_ids: bool
     logits_to_keep: bool
+    start: int | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> Dialect:
-        """Read from its signature."""
+    def of(cls, model: Any) -> Dialect:
+        """Read from its signature and configuration. Raises OffloadError."""
         names = inspect.signature(model.forward).parameters
-        return cls("position_ids" in names, "logits_to_keep" in names)
+        start = start_token(model) if model.config.is_encoder_decoder else None
+        return cls("position_ids" in names, "logits_to_keep" in names, start)
 
     @property
     def pads(self) -> bool:
         """Whether prompts of different lengths may share a micro-batch.
 
-        A model that counts positions itself would count the padding before a shorter prompt.
+        A model that counts positions itself would count the padding before a shorter prompt; an
+        encoder's are padded behind.
         """
-        return self.position_ids
+        return self.position_ids or self.start is not None
+
+    def fed(self, prompt: Sequence[int]) -> int:
+        """Tokens that the decoder is given before it picks the first."""
+        return len(prompt) if self.start is None else 1
+
+    def begin(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], cache: Any) -> Cohort:
+        """A cohort of these rows."""
+        if self.start is None:
+            return Cohort(rows, prompts, cache, self)
+        return EncodedCohort(rows, prompts, cache, self)
 
 
 class Cohort:
@@ -47,11 +62,15 @@ class Cohort:
         self.rows = list(rows)
         self.cache = cache
         self._dialect = dialect
-        longest = max(map(len, prompts))
-        blank = [longest - len(prompt) for prompt in prompts]
-        padded = [[0] * n + list(prompt) for n, prompt in zip(blank, prompts, strict=True)]
-        self._next = torch.tensor(padded)  # [rows, tokens]
-        self._mask = torch.tensor([[0] * n + [1] * (longest - n) for n in blank])  # [rows, seen]
+        self._next, self._mask = padded(prompts, before=True)  # [rows, tokens], [rows, seen]
+
+    @property
+    def encodes(self) -> bool:
+        """Whether `encode` is to be called before the next `forward`."""
+        return False
+
+    def encode(self, model: Any) -> None:
+        """There is nothing to encode."""
 
     @property
     def call(self) -> Call:
@@ -85,14 +104,100 @@ class Cohort:
             return
         kept = torch.tensor([self.rows.index(row) for row in rows], dtype=torch.long)
         self.rows = list(rows)
+        self._select(kept)
+
+    def _select(self, kept: Tensor) -> None:
         self._next, self._mask = self._next[kept], self._mask[kept]
-        if rows:
+        if self.rows:
             self.cache.batch_select_indices(kept)
+
+
+class EncodedCohort(Cohort):
+    """Rows of an encoder-decoder model: prompts are encoded once, padded behind and masked.
+
+    Keys and values of what was encoded are made in the first ``forward``, and stay in the cache.
+    """
+
+    def __init__(
+        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], cache: Any, dialect: Dialect
+    ) -> None:
+        super().__init__(rows, prompts, cache, dialect)
+        self._prompts, self._mask = padded(prompts, before=False)
+        assert dialect.start is not None
+        self._next = torch.full((len(prompts), 1), dialect.start)
+        self._encoded: Tensor | None = None  # [rows, tokens of the longest prompt, width]
+
+    @property
+    def encodes(self) -> bool:
+        """Before the first ``forward``."""
+        return self._encoded is None
+
+    def encode(self, model: Any) -> None:
+        """One pass of the encoder."""
+        found = model.get_encoder()(input_ids=self._prompts, attention_mask=self._mask)
+        self._encoded = found.last_hidden_state
+
+    @property
+    def call(self) -> Call:
+        """As `Cohort.call`; in the first step the encoder's tokens count."""
+        rows = len(self.rows)
+        seen = self._mask.numel() + rows * (1 + int(self.cache.get_seq_length()))
+        tokens = rows + self._mask.numel() * self.encodes
+        return Call("", not self.encodes, tokens, tokens + 2 * seen)
+
+    def forward(self, model: Any) -> Tensor:
+        """Logits [rows, vocabulary] after the last token of each row."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        output = model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=self._encoded),
+            attention_mask=self._mask, decoder_input_ids=self._next, past_key_values=self.cache,
+            use_cache=True,
+        )  # fmt: skip
+        logits: Tensor = output.logits
+        return logits[:, -1]
+
+    def push(self, tokens: Sequence[int]) -> None:
+        """What each row goes on with."""
+        self._next = torch.tensor(tokens)[:, None]
+
+    def _select(self, kept: Tensor) -> None:
+        super()._select(kept)
+        assert self._encoded is not None
+        self._encoded = self._encoded[kept]
+
+
+def padded(prompts: Sequence[Sequence[int]], *, before: bool) -> tuple[Tensor, Tensor]:
+    """Prompts of one length, [rows, tokens], and which of the tokens are theirs."""
+    longest = max(map(len, prompts))
+    tokens, mask = [], []
+    for prompt in prompts:
+        blank, own = [0] * (longest - len(prompt)), [1] * len(prompt)
+        tokens.append([*blank, *prompt] if before else [*prompt, *blank])
+        mask.append([*blank, *own] if before else [*own, *blank])
+    return torch.tensor(tokens), torch.tensor(mask)
+
+
+def start_token(model: Any) -> int:
+    """What an encoder-decoder's answers begin with. Raises OffloadError where it is not said."""
+    if model.main_input_name != "input_ids":
+        raise OffloadError(
+            f"{type(model).__name__} does not read tokens but {model.main_input_name}: "
+            "runtime.generate() is for models of text; use model.generate()"
+        )
+    told = model.generation_config
+    for start in (told.decoder_start_token_id, told.bos_token_id):
+        if isinstance(start, int):
+            return start
+    raise OffloadError(
+        f"{type(model).__name__} has an encoder, but its generation_config has no "
+        "decoder_start_token_id, which its answers begin with; set it"
+    )
 
 
 def dynamic_caches(model: nn.Module) -> NewCache:
     """Makes caches whole in memory. Raises OffloadError where rows cannot leave them."""
-    from transformers import DynamicCache
+    from transformers import DynamicCache, EncoderDecoderCache
 
     config: Any = model.config
     if any(DynamicCache(config=config).is_linear):
@@ -102,4 +207,8 @@ def dynamic_caches(model: nn.Module) -> NewCache:
         )
     from offload.roomcache import room_cache
 
+    if config.is_encoder_decoder:
+        return lambda tokens: EncoderDecoderCache(
+            room_cache(config, tokens), DynamicCache(config=config)
+        )
     return lambda tokens: room_cache(config, tokens)

@@ -64,9 +64,12 @@ class OffloadEngine:
         self._tuning = tuning
 
     def load(self, model: str, dtype: torch.dtype, memory: MemoryConfig) -> torch.nn.Module:
+        import transformers
+
         import offload
 
-        told = {"tuning": self._tuning, **asdict(memory)}
+        told = {"tuning": self._tuning, "model_class": transformers.AutoModelForCausalLM}
+        told |= asdict(memory)
         managed: torch.nn.Module = offload.from_pretrained(model, dtype=dtype, **told)
         return managed
 

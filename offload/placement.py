@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from offload.config import Given, understand
 from offload.errors import SpillError
 from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
+from offload.modelclass import auto_class
 from offload.optim.learn import learn
 from offload.optim.mirror import OptimizerProfile
 from offload.optim.narrow import Narrowing
@@ -112,12 +113,10 @@ class Placement:
 
 
 def empty_model(model_config: Any, dtype: torch.dtype | None) -> nn.Module:
-    """A causal model of this configuration without data. ``dtype`` None: the configuration's."""
-    from transformers import AutoModelForCausalLM
-
+    """A text model of this configuration without data. ``dtype`` None: the configuration's."""
     dtype = dtype or getattr(model_config.get_text_config(), "dtype", None) or torch.float32
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        model: nn.Module = auto_class(model_config).from_config(model_config, dtype=dtype)
     return model
 
 

@@ -70,7 +70,9 @@ class BlockCost:
     ``position_bytes``: keys and values of one token that are in memory as a whole, those beyond
     ``kv``; ``token_bytes``: activations of one token in
     the pass that runs; ``waiting_bytes``: in a pass that waits for its turn; ``row_bytes``: of
-    each row whatever its length (logits); ``layers``: that keep keys and values.
+    each row whatever its length (logits); ``layers``: that keep keys and values. ``result_bytes``:
+    of the largest single result of one token, which the recorded pass makes room for once more;
+    ``encoding_bytes``: what an encoder made of one token of a prompt.
     """
 
     position_bytes: int
@@ -79,6 +81,8 @@ class BlockCost:
     row_bytes: int
     kv: KVCost | None = None
     layers: int = 1
+    result_bytes: int = 0
+    encoding_bytes: int = 0
 
     def of(self, plan: BlockPlan, lengths: Sequence[int], new_tokens: int) -> int:
         """What a block needs at most, of prompts of these lengths.
@@ -88,6 +92,10 @@ class BlockCost:
         """
         kept_bytes = self.kv.memory_bytes if self.kv is not None else 0
         return kept_bytes + self._rows_bytes(plan, lengths, new_tokens)
+
+    def largest_result_bytes(self, plan: BlockPlan, lengths: Sequence[int]) -> int:
+        """Has to be free beside `of` for the recorded pass, of prompts padded to the longest."""
+        return self.result_bytes * max(lengths) * min(plan.batch, len(lengths))
 
     def kv_bytes(self, plan: BlockPlan, lengths: Sequence[int], new_tokens: int) -> int:
         """Keys and values of all rows, a part of `of`."""
@@ -116,6 +124,7 @@ class BlockCost:
             self.position_bytes * (sum(longest) + new_tokens * len(longest))
             + self.token_bytes * running
             + self.waiting_bytes * (sum(longest) - running)
+            + self.encoding_bytes * sum(longest)
             + self.row_bytes * len(longest)
         )
 

@@ -18,7 +18,7 @@ from offload.command import quiet_transformers, voice
 from offload.errors import BudgetError, OffloadError
 from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
 from offload.machines import DTYPES, rates_of, read_machine, site_of
-from offload.prefetch.generation import Policy, Rates, Shape, Workload
+from offload.prefetch.generation import Policy, Rates, Shape, Weights, Workload
 from offload.prefetch.rehearse import rehearse
 from offload.prefetch.search import NothingFits, Problem, search
 from offload.tiers.layout import choose_chunk_bytes
@@ -130,16 +130,16 @@ def _generate(
         raise OffloadError("plan: --task generate needs --host-memory, e.g. 24GiB")
     disk_bytes = parse_size(means.disk_memory) if means.disk_memory else None
     budget = Budget(parse_size(means.host_memory), disk_bytes=disk_bytes)
+    shape = read_shape(config, weight_dtype)
     if means.machine is None:
         rates = measured(config, weight_dtype, means.disk)
     else:
-        rates = read_rates(means.machine, weight_type(config, None))
+        rates = read_rates(means.machine, weight_type(config, None), shape.weights)
     if rates.device is not None:
         device = means.device_memory
         if device is None:
             raise OffloadError(f"plan: {means.machine} has a GPU: give --device-memory, e.g. 20GiB")
         budget = replace(budget, device_bytes=parse_size(device))
-    shape = read_shape(config, weight_dtype)
     return Found(choose(Problem(shape, rates, budget, work, kv_tiers)), shape, rates)
 
 
@@ -172,7 +172,7 @@ def measured(config: Any, weight_dtype: str | None, disk: str) -> Rates:
     return Rates(machine, cached_calibration(config, weight_dtype, folder, machine))
 
 
-def read_rates(name: str, dtype: str) -> Rates:
+def read_rates(name: str, dtype: str, weights: Weights) -> Rates:
     """Of a machine of the table, or of a file: its fields, or ``{"machine": ..., "host": ...}`` as
     ``--json`` prints them under rates. Raises OffloadError.
     """
@@ -180,7 +180,9 @@ def read_rates(name: str, dtype: str) -> Rates:
     found = found.get("rates", found)
     if "host_memory" in found:
         dtype = dtype if dtype in DTYPES else "bfloat16"
-        return rates_of(site_of(name, found, dtype), 4 if dtype == "float32" else 2)
+        rates = rates_of(site_of(name, found, dtype), 4 if dtype == "float32" else 2)
+        device = weights.routed(rates.device) if rates.device is not None else None
+        return replace(rates, host=weights.routed(rates.host), device=device)
     try:
         return Rates(Machine(**found["machine"]), Compute.from_dict(found["host"]))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -199,7 +201,28 @@ def as_dict(found: Found, work: Workload) -> dict[str, Any]:
         "policy": asdict(policy),
         "decode_tokens_per_s": policy.rows / policy.times.pass_s,
         "shape": asdict(shape),
+        "experts": experts_of(policy, shape),
         "rates": {"machine": rates.machine.to_dict(), "host": rates.host.to_dict()},
+    }
+
+
+def experts_of(policy: Policy, shape: Shape) -> dict[str, Any] | None:
+    """What is assumed of experts, and what follows; None: the model has none."""
+    experts, layers = shape.weights.experts, shape.weights.layers
+    if not experts.layer_bytes:
+        return None
+    touched, read_bytes = experts.touched(policy.rows), experts.layer_bytes * layers
+    return {
+        "touched_share": touched,
+        "touched_bytes_per_token": touched * read_bytes / policy.rows,
+        "pass_bytes_per_token": shape.weights.pass_bytes / policy.rows,
+        "assumption": (
+            f"experts: {experts.chosen} of {experts.count} for each token. If routing is balanced "
+            f"and independent, {policy.rows} rows touch 1 - (1 - {experts.chosen}/{experts.count})"
+            f"^{policy.rows} = {touched:.0%} of them in a pass: products are counted for those "
+            f"({format_size(touched * read_bytes)} of {format_size(read_bytes)}). Experts stand "
+            "stacked in one tensor, so a pass needs all of them, and reads all that is on disk"
+        ),
     }
 
 
@@ -222,6 +245,9 @@ def _show(policy: Policy, shape: Shape, work: Workload) -> None:
         f"{policy.batch}; weights {format_size(shape.weights.total_bytes)}"
     )
     console.print(table)
+    experts = experts_of(policy, shape)
+    if experts is not None:
+        console.print(experts["assumption"])
     console.print(
         f"predicted: {policy.tokens_per_s:.2f} tokens/s in all "
         f"({policy.rows / times.pass_s:.2f} after the prompts), {times.total_s:.1f} s"

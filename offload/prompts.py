@@ -55,7 +55,7 @@ def fingerprint(prompts: Sequence[PromptLine]) -> str:
     return digest.hexdigest()[:16]
 
 
-def encode(prompts: Sequence[PromptLine], tokenizer: Any, positions: int | None) -> list[list[int]]:
+def encode(prompts: Sequence[PromptLine], tokenizer: Any, most: int | None) -> list[list[int]]:
     """Token ids of each prompt, with the tokenizer's own begin; conversations by its template.
 
     Raises InputError for prompts that are empty, too long, or that the template refuses.
@@ -66,10 +66,10 @@ def encode(prompts: Sequence[PromptLine], tokenizer: Any, positions: int | None)
         raise InputError(f"{_several(empty)}: the prompt is empty, and the tokenizer adds no token")
     long = [
         f"{line.where} ({len(ids)} tokens)" for line, ids in zip(prompts, rows, strict=True)
-        if positions is not None and len(ids) >= positions
+        if most is not None and len(ids) > most
     ]  # fmt: skip
     if long:
-        raise InputError(f"{_several(long)}: the model has {positions} positions; shorten them")
+        raise InputError(f"{_several(long)}: the model takes {most}; shorten them")
     return rows
 
 

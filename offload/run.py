@@ -24,6 +24,7 @@ from offload.ledger import Ledger
 from offload.parts import Parts
 from offload.places import BlockPlan
 from offload.prefetch.plan import Plan
+from offload.rowchoice import RowChoice
 from offload.sampling import Sampling
 from offload.steps import Kind
 from offload.throughput import Asked, Prompt, generate
@@ -44,6 +45,7 @@ class Runtime:
         self.model = model
         self.optimizer = optimizer
         self.parts = parts
+        self.rows: RowChoice | None = None  # of the last `generate`
         self._accumulator = Accumulator(model, parts)
 
     @property
@@ -90,6 +92,7 @@ class Runtime:
             if isinstance(self.parts.hooks, Hooks)
             else None,
             "kv": self.parts.kv.stats() if self.parts.kv is not None else None,
+            "generate": self.rows.to_dict() if self.rows is not None else None,
             "temporaries_bytes": steps.watch.excess_bytes,
             "stall_s": dict(engine.counters.stall_s),
             "counters": {
@@ -189,15 +192,18 @@ class Runtime:
         ``prompts``: token ids, or text with ``tokenizer``; of any lengths. Rows come back in their
         order, greedy unless ``sampling`` says otherwise; each ends by itself, at an end token of
         the model's ``generation_config``, a ``stop`` string, or its length. ``plan``: how many
-        rows at once, without it as many as fit. ``kv_memory``: keys and values of all rows live in
-        so much memory and on disk, as in ``kv_cache``, instead of whole in memory; ``kv_dtype``
-        "int4" or "int2" codes them (other numbers), in half of what weights leave where no
-        ``kv_memory`` is given. ``on_step`` is told of every step, with the rows that ended in it.
-        See ``offload.block``. A row's tokens are those of ``model.generate`` up to the rounding of
-        products of more rows.
+        rows at once; without it what the policy search says of measured rates (as ``offload plan``,
+        whose measurement is used; a run long enough makes it, in some ten seconds), or as many as
+        fit: ``stats()["generate"]`` says which and why. ``kv_memory``: keys and values of all rows
+        live in so much memory and on disk, as in ``kv_cache``, instead of whole in memory;
+        ``kv_dtype`` "int4" or "int2" codes them (other numbers), in half of what weights leave
+        where no ``kv_memory`` is given. ``on_step`` is told of every step, with the rows that ended
+        in it. See ``offload.block``. A row's tokens are those of ``model.generate`` up to the
+        rounding of products of more rows; of an encoder-decoder those that its decoder adds.
 
-        Raises OffloadError for models with an encoder, and for prompts without a token or longer
-        than the model; BudgetError where not one row fits; ValueError for settings out of range.
+        Raises OffloadError for models with a recurrent state, and for prompts without a token or
+        longer than the model; BudgetError, in advance, for a block that does not fit or where not
+        one row does; ValueError for settings out of range.
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         kv = KVAsked(kv_memory, kv_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from offload.errors import OffloadError
-from offload.prefetch.generation import RowCost, Shape, Weights
+from offload.prefetch.generation import Experts, RowCost, Shape, Weights
 from offload.runconfig import TINY_MODEL
 from offload.tinymodel import tiny_config
 
@@ -17,6 +18,7 @@ LOGITS_COPIES = 4  # float32 scores, sorted, their order and their shares
 _BITS = {"int4": 4, "int8": 8}
 _GROUP = 64  # weights that share a scale and a zero of two bytes each
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -56,17 +58,18 @@ def read_shape(config: Any, weight_dtype: str | None = None) -> Shape:
 
     ``weight_dtype``: None: as the configuration says (float32 where it does not); a floating type;
     or "int4" or "int8": codes for the weights of linear layers. Raises OffloadError for models
-    with experts, an encoder, or without repeated layers.
+    with an encoder, without repeated layers, or with experts that are not stacked in one tensor.
     """
     text = config.get_text_config(decoder=True)
-    if any((getattr(text, name, None) or 0) > 1 for name in _EXPERTS):
-        raise OffloadError("plan: models with experts are not modelled yet; ask about a dense one")
     dtype = weight_type(config, weight_dtype)
     dtype = weight_type(config, None) if dtype in _BITS else dtype
     with torch.device("meta"):
         model = model_of(config, dtype)
     itemsize = getattr(torch, dtype).itemsize
-    return Shape(_weights(model, layers_of(model), weight_dtype), _rows(text, itemsize))
+    layers = layers_of(model)
+    weights = _weights(model, layers, weight_dtype)
+    weights = replace(weights, experts=_experts(text, layers))
+    return Shape(weights, _rows(text, itemsize))
 
 
 def model_of(config: Any, dtype: str) -> nn.Module:
@@ -112,6 +115,20 @@ def _weights(model: nn.Module, layers: nn.ModuleList, weight_dtype: str | None) 
         count, -(-stored[0] // count), elements[0] // count, stored[1], elements[1],
         lookup_bytes, unit_bytes,
     )  # fmt: skip
+
+
+def _experts(text: Any, layers: nn.ModuleList) -> Experts:
+    """Of a layer, on average; layers without experts count. Raises OffloadError."""
+    count, chosen = (next((int(n) for name in names if (n := getattr(text, name, None))), 1)
+                     for names in (_EXPERTS, _CHOSEN))  # fmt: skip
+    if count <= 1:
+        return Experts()
+    stacked = [p for p in layers.parameters() if p.dim() == 3 and p.shape[0] == count]
+    if not stacked:
+        raise OffloadError("plan: the experts of this model are not stacked; not modelled yet")
+    elements = sum(p.numel() for p in stacked) // len(layers)
+    size_bytes = sum(p.numel() * p.element_size() for p in stacked) // len(layers)
+    return Experts(count, min(chosen, count), size_bytes, elements)
 
 
 def _stored_bytes(module: nn.Module, weight: nn.Parameter, weight_dtype: str | None) -> int:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from offload.block import Block, BlockStep, Row, generation_config
 from offload.blockcaches import KVAsked, caches_for, provide
-from offload.blockroom import positions_of
+from offload.blockroom import longest_prompt, positions_of
 from offload.ending import Ending
 from offload.errors import OffloadError
 from offload.places import BlockPlan
+from offload.rowchoice import RowChoice, RowChooser
 from offload.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ UNAPPLIED = {  # what a generation_config may ask for, and what it says where it
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """How to go on with each prompt. ``plan`` None: as many rows at once as fit.
+    """How to go on with each prompt. ``plan`` None: as the policy search says, or as many as fit.
 
     ``kv``: keys and values in tiers, or as transformers keeps them where nothing is asked for.
 
@@ -67,12 +68,18 @@ def make_block(
         asked.stop,
         _reader(tokenizer) if tokenizer is not None else None,
     )
+    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
     for row, prompt in prompts.items():
-        _check(row, prompt, ending.positions, int(config.get_text_config(decoder=True).vocab_size))
+        _check(row, prompt, longest_prompt(config), vocabulary)
     _say_what_is_not_applied(generation)
     caches = caches_for(model, parts, run.given, asked.kv)
     lengths = [len(prompt) for prompt in prompts.values()]
-    provision = provide(model, parts, lengths, ending.new_tokens, asked.plan, caches)
+    if asked.plan is not None:
+        run.rows = RowChoice(asked.plan, "caller", "as asked for")
+    else:
+        work = lengths, ending.new_tokens, caches.cost
+        run.rows = RowChooser(model, parts, run.given, *work).choose()
+    provision = provide(model, parts, lengths, ending.new_tokens, run.rows.plan, caches)
     return Block(model, parts, prompts, ending, asked.sampling, provision)
 
 
@@ -85,20 +92,23 @@ def generate(
     if not ids:
         return []
     rows: list[Row] = []
-    for step in make_block(run, ids, asked, tokenizer).steps():
+    block = make_block(run, ids, asked, tokenizer)
+    if run.rows is not None and run.rows.by != "caller" and len(ids) > 1:
+        print(f"offload: generate(): {run.rows}", file=sys.stderr)
+    for step in block.steps():
         rows += step.finished
         if on_step is not None:
             on_step(step)
     return sorted(rows, key=lambda row: row.index)
 
 
-def _check(row: int, prompt: Sequence[int], positions: int | None, vocabulary: int) -> None:
+def _check(row: int, prompt: Sequence[int], most: int | None, vocabulary: int) -> None:
     if not prompt:
         raise OffloadError(f"generate(): prompt {row} is empty; begin it with a token")
-    if positions is not None and len(prompt) >= positions:
+    if most is not None and len(prompt) > most:
         raise OffloadError(
-            f"generate(): prompt {row} has {len(prompt)} tokens, but the model has {positions} "
-            "positions; shorten it"
+            f"generate(): prompt {row} has {len(prompt)} tokens, but the model takes {most}; "
+            "shorten it"
         )
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:
         raise OffloadError(

@@ -6,9 +6,32 @@ search.py.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from offload.tiers.spec import Compute, Machine
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Of the layers' weights, those that not every token is multiplied with; none by default.
+
+    ``layer_bytes`` and ``layer_elements``: of a layer's experts together; ``count`` of them, of
+    which each token is routed to ``chosen``. Routing is taken to be balanced and each token's
+    choice to be independent of the others'.
+    """
+
+    count: int = 1
+    chosen: int = 1
+    layer_bytes: int = 0
+    layer_elements: int = 0
+
+    def touched(self, tokens: float) -> float:
+        """The share of the experts that so many tokens are expected to need."""
+        return float(1.0 - (1.0 - self.chosen / self.count) ** tokens)
+
+    def tokens_each(self, tokens: float) -> float:
+        """Tokens that each of those sees."""
+        return tokens * self.chosen / (self.count * self.touched(tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +40,7 @@ class Weights:
 
     ``head``: what follows the layers. ``lookup_bytes``: tables of which a few rows are read where
     they lie. ``unit_bytes``: the largest module's weights, all of which its product needs at once.
+    A layer's ``experts`` are part of it, stacked in one module: all are read, whichever are chosen.
     """
 
     layers: int
@@ -26,6 +50,32 @@ class Weights:
     head_elements: int
     lookup_bytes: int
     unit_bytes: int
+    experts: Experts = Experts()
+
+    def touched_elements(self, tokens: float) -> float:
+        """Of a layer, that so many tokens are expected to be multiplied with."""
+        always = self.layer_elements - self.experts.layer_elements
+        return always + self.experts.layer_elements * self.experts.touched(tokens)
+
+    def layer_s(self, tokens: float, compute: Compute) -> float:
+        """Seconds of a layer's products. What experts are spared is in the rates: see `routed`."""
+        return self.touched_elements(tokens) * compute.weight_s(tokens)
+
+    def routed(self, compute: Compute) -> Compute:
+        """Rates of plain products as those of these layers, whose experts see fewer tokens each.
+
+        Rates measured with such layers are so already.
+        """
+        if not self.experts.layer_elements:
+            return compute
+        always = self.layer_elements - self.experts.layer_elements
+        points = []
+        for tokens, each_s in compute.product_s:
+            touched = self.touched_elements(tokens)
+            expert_s = compute.weight_s(self.experts.tokens_each(tokens))
+            layer_s = always * each_s + (touched - always) * expert_s
+            points.append((tokens, layer_s / touched))
+        return replace(compute, product_s=tuple(points))
 
     @property
     def pass_bytes(self) -> int:

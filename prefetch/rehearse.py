@@ -92,8 +92,13 @@ def shares_of(policy: Policy) -> np.typing.NDArray[np.float64]:
 def pass_trace(problem: Problem, compute_s: float, other_bytes: int, chunk_bytes: int) -> Trace:
     """One pass. Lookup tables, layers and head stand in one run, cut at equal lengths."""
     weights = problem.shape.weights
-    part = (weights.layer_bytes / _MODULES, weights.layer_elements / _MODULES)
-    parts = [part] * (_MODULES * weights.layers)
+    experts = weights.experts
+    dense_bytes = weights.layer_bytes - experts.layer_bytes
+    dense_elements = weights.layer_elements - experts.layer_elements
+    parts = [(dense_bytes / _MODULES, dense_elements / _MODULES)] * _MODULES
+    if experts.layer_bytes:  # needed at once
+        parts.append((float(experts.layer_bytes), float(experts.layer_elements)))
+    parts *= weights.layers
     if weights.head_bytes:
         parts.append((weights.head_bytes, weights.head_elements))
     elements = max(sum(count for _, count in parts), 1)

@@ -22,7 +22,7 @@ linear program. Rows are computed in micro-batches one after the other, as the b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -86,12 +86,14 @@ class Problem:
     kv_away: bool = False
 
 
-def search(problem: Problem) -> Policy:
+def search(problem: Problem, allowed: Callable[[Candidate], bool] = lambda _: True) -> Policy:
     """The policy with the least predicted time for the whole workload.
 
-    Raises NothingFits where not even one row does.
+    ``allowed``: what else must hold of a batch and a number of them, for prompts that are not of
+    one length. Raises NothingFits where not even one row does.
     """
-    found = [p for c in candidates(problem) if (p := solve(problem, c)) is not None]
+    tried = filter(allowed, candidates(problem))
+    found = [p for c in tried if (p := solve(problem, c)) is not None]
     if not found:
         raise NothingFits(smallest_bytes(problem), problem.budget)
     least_s = min(p.times.total_s for p in found)
@@ -180,7 +182,7 @@ def _compute_lines(
     host = np.zeros(_SHARES + 1)
     own = rates.host if rates.device is None else rates.device
     at_once = candidate.batch * tokens
-    pass_s = weights.layers * weights.layer_elements * own.weight_s(at_once)
+    pass_s = weights.layers * weights.layer_s(at_once, own)
     pass_s += weights.head_elements * own.weight_s(candidate.batch)  # logits of the last token
     scores = candidate.batch * tokens * (tokens - 1) * rows.attention_width
     pass_s += scores * own.weight_s(own.product_s[-1][0]) / own.product_s[-1][0]

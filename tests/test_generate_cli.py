@@ -137,7 +137,7 @@ def test_conversations_go_through_the_chat_template(
         (['{"id": 1, "prompt": "a"}', '{"prompt": "b"}'], "ids given twice: 1 in"),
         ([""], "has no prompts"),
         (['{"prompt": ""}'], "the prompt is empty"),
-        ([json.dumps({"prompt": "cat " * 80})], "the model has 64 positions"),
+        ([json.dumps({"prompt": "cat " * 80})], "the model takes 63"),
     ],
 )
 def test_bad_prompts_are_named_before_the_model_is_loaded(

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from offload import cli
 from offload.calibrate import calibrate
+from offload.errors import OffloadError
+from offload.places import BlockPlan
+from offload.prefetch.generation import Rates, Workload
+from offload.prefetch.rehearse import rehearse
+from offload.prefetch.search import Candidate, Problem, solve
 from offload.shape import model_of, read_config, read_shape
-from offload.tiers.spec import Compute, Machine
+from offload.tiers.spec import MIB, Budget, Compute, Machine
+from tests.conftest import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from tests.conftest import Manager
 
 MACHINE = Machine(2e9, 4e9, 1e9, 1e9, 1e10)
 HOST = Compute(((1, 2e-10), (8, 3e-10), (64, 1e-9)), 5e9, drag=0.4, disk_drag=0.2)
@@ -103,12 +115,10 @@ def test_what_cannot_be_planned_is_refused(
     assert words in capsys.readouterr().err
 
 
-def test_experts_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = a_model(tmp_path, model_type="mixtral", num_local_experts=4)
-    assert run(monkeypatch, "plan", "--model", model, "--host-memory", "1GiB") == 2
-    assert "experts" in capsys.readouterr().err
+def test_experts_that_are_not_stacked_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.shape._EXPERTS", ("num_attention_heads",))  # no tensor has so many
+    with pytest.raises(OffloadError, match="not stacked"):
+        read_shape(a_mixtral(2))
 
 
 @pytest.mark.parametrize("weight_dtype", [None, "int4"])
@@ -126,3 +136,77 @@ def test_layers_are_measured(
     assert [t for t, _ in found.product_s] == [1, 2, 8, 32, 128, 512]
     assert all(s > 0 for _, s in found.product_s)
     assert found.attend_bytes_per_s > 0
+
+
+def a_mixtral(layers: int = 6) -> Any:
+    """The configuration of a small Mixtral, most of which is experts."""
+    from transformers import MixtralConfig
+
+    return MixtralConfig(
+        vocab_size=192, hidden_size=64, intermediate_size=128, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
+        max_position_embeddings=64, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+
+
+def test_experts_by_hand() -> None:
+    config = a_mixtral()
+    model, weights = model_of(config, "float32"), read_shape(config).weights
+    assert weights.total_bytes == sum(4 * p.numel() for p in model.parameters())
+    experts = weights.experts
+    assert (experts.count, experts.chosen) == (8, 2)
+    assert experts.layer_elements == 8 * 3 * 64 * 128
+    assert experts.layer_bytes == weights.unit_bytes == 4 * experts.layer_elements
+    assert experts.touched(1) == 0.25
+    assert experts.touched(3) == pytest.approx(1 - 0.75**3)
+    reading = weights.routed(Compute(((1, 1e-9), (512, 1e-9)), 1.0))  # however many tokens
+    multiplying = weights.routed(Compute(((1, 1e-9), (64, 64e-9), (512, 512e-9)), 1.0))
+    always = weights.layer_elements - experts.layer_elements
+    for rows in (1, 64, 512):
+        touched = always + experts.layer_elements * experts.touched(rows)
+        assert weights.layer_s(rows, reading) == pytest.approx(touched * 1e-9)
+        routed = always + experts.layer_elements / 4
+        assert weights.layer_s(rows, multiplying) == pytest.approx(rows * routed * 1e-9)
+
+
+@pytest.mark.parametrize(("rows", "host_mib"), [(1, 3.0), (6, 3.0), (1, 4.0)])
+def test_bytes_of_a_streamed_mixtral_are_those_that_were_planned(
+    manage: Manager, rows: int, host_mib: float
+) -> None:
+    """A later step's, within a tenth: all experts are read, whichever are chosen."""
+    torch.manual_seed(0)
+    model = model_of(a_mixtral(), "float32").eval()
+    run = manage(model, host_bytes=int(host_mib * MIB))
+    meter, read = run.parts.engine.space.lanes["read"].meter, list[int]()
+
+    def note(_: object) -> None:
+        read.append(meter.moved_bytes)
+
+    run.generate([[3, 4, 5]] * rows, 16, plan=BlockPlan(rows), on_step=note)
+    measured_bytes = statistics.median(b - a for a, b in itertools.pairwise(read[4:]))
+    problem = Problem(
+        read_shape(model.config), Rates(MACHINE, HOST),
+        Budget(run.parts.engine.ledger.capacity_bytes), Workload(rows, 3, 16),
+    )  # fmt: skip
+    found = solve(problem, Candidate(rows, 1))
+    assert found is not None
+    policy = rehearse(problem, found, CHUNK_BYTES)
+    planned_bytes = policy.weights.disk * problem.shape.weights.pass_bytes
+    assert planned_bytes == pytest.approx(measured_bytes, rel=0.1)
+    assert planned_bytes > 0.3 * problem.shape.weights.experts.layer_bytes * 6
+
+
+def test_the_command_says_what_it_assumes_of_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a_mixtral().save_pretrained(tmp_path)
+    asked = ["plan", "--task", "generate", "--model", str(tmp_path), "--host-memory", "30MiB",
+             "--machine", rates(tmp_path), "--prompt-count", "2"]  # fmt: skip
+    assert run(monkeypatch, *asked, "--json") == 0
+    said = json.loads(capsys.readouterr().out)["experts"]
+    assert said["touched_share"] == 1 - 0.75**2
+    assert said["touched_bytes_per_token"] < said["pass_bytes_per_token"]
+    assert run(monkeypatch, *asked) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "1 - (1 - 2/8)^2 = 44%" in words
+    assert "balanced" in words
