@@ -15,7 +15,7 @@ from offload.runreport import read_report
 
 def report(
     context: typer.Context,
-    run: Annotated[str, Argument(help="A run's directory, or the .json of a report.")],
+    run: Annotated[str, Argument(help="A run's directory, a file of generated rows, or the .json of a report.")],
     other: Annotated[str | None, Argument(help="A second one, to compare with.")] = None,
     output: Annotated[
         str | None, Option(help="The page; without: report.html (comparison.html) in the run.")
@@ -52,8 +52,12 @@ def report(
 
 
 def _beside(places: list[Path]) -> Path:
-    folder = places[0] if places[0].is_dir() else places[0].parent
-    return folder / ("report.html" if len(places) == 1 else "comparison.html")
+    first = places[0]
+    folder = first if first.is_dir() else first.parent
+    if len(places) > 1:
+        return folder / "comparison.html"
+    rows = not first.is_dir() and first.suffix != ".json"
+    return folder / (f"{first.name}.report.html" if rows else "report.html")
 
 
 def _headline(data: dict[str, Any]) -> str:
