@@ -10,7 +10,7 @@ from typing import Any
 
 from offload.advise import advise
 from offload.blueprint import FineTune
-from offload.config import HEADROOM_SHARE
+from offload.config import HEADROOM_SHARE, Size
 from offload.forecast import Answer, Forecaster
 from offload.machines import Effort, Site, read_machine, site_of
 from offload.prefetch.advice import Change
@@ -26,10 +26,10 @@ class Means:
     """What a plan may use, as the user wrote it; None: what the machine has."""
 
     machine: str | None = None
-    host_memory: str | None = None
-    device_memory: str | None = None
+    host_memory: Size | None = None
+    device_memory: Size | None = None
     disk: str = "."
-    disk_memory: str | None = None
+    disk_memory: Size | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,8 @@ def _budget(means: Means, site: Site) -> Budget:
     return Budget(host, device, disk)
 
 
-def _size(text: str | None) -> int | None:
-    return parse_size(text) if text is not None else None
+def _size(size: Size | None) -> int | None:
+    return parse_size(size) if size is not None else None
 
 
 def to_json(report: Report) -> str:

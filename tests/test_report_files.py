@@ -158,6 +158,17 @@ def test_a_generation_keeps_its_report_beside_the_rows(
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert command("report", str(out), str(out)) == 0
     assert (tmp_path / "comparison.html").read_text() == "two generate generate"
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    target = tmp_path / "new" / "page.html"
+    dry = ["report", str(out), "--output", str(target), "--dry-run"]
+    assert command(*dry, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"event": "dry-run", "writes": [str(target)]}
+    assert command("report", str(out), "--trace", str(asked / "t.json"), "--dry-run") == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert command(*dry[:-1]) == 0
+    assert target.exists()
     assert command("report", str(asked)) == 2
     assert "in.jsonl: offload finetune writes" in capsys.readouterr().err
 
