@@ -20,13 +20,15 @@ from offload.metrics import StepReport
 from offload.progress import PlainProgress
 from offload.report import report_data
 from offload.report_files import render, rendered
-from offload.report_trace import ORDER
+from offload.report_trace import ORDER, tracks
 from offload.rundir import RunDirectory
 from offload.runreport import RowsReport, history_of, read_report, report_run
 from tests.conftest import adamw
+from tests.report_data import HUNDRED_B, SMALL, made
 from tests.test_finetune_managed import TUNING
 from tests.test_report import HOST_BYTES, steps
 from tests.tiny import tiny_run, write_tiny_model
+from tests.trace_format import faults
 
 if TYPE_CHECKING:
     from tests.conftest import Manager, Zoo
@@ -94,6 +96,59 @@ def test_trace_events_are_well_formed(data: dict[str, Any]) -> None:
     counters = [e for e in events if e["name"] == "host bytes"]
     host = step["memory"]["host"]
     assert [sum(e["args"].values()) for e in counters] == host["used_bytes"]
+
+
+def test_viewers_take_all_of_the_trace(data: dict[str, Any]) -> None:
+    for of in (data, made(SMALL), made(HUNDRED_B), data | {"step": None}):
+        assert faults(json.loads(rendered(of, "x.trace.json"))) == []
+
+
+def test_transfers_that_overlap_stand_below_each_other(data: dict[str, Any]) -> None:
+    """A lane has two workers. Viewers would lose the end of the second transfer."""
+    spans: dict[str, list[Any]] = {
+        "start_s": [0.0, 1.0, 2.0, 2.5], "end_s": [2.0, 3.0, 2.2, 4.0], "chunk": [0, 1, 2, 3],
+        "module": [-1] * 4, "bytes": [1, 2, 3, 4],
+    }  # fmt: skip
+    assert tracks(spans) == [[0, 2, 3], [1]]
+    data["step"]["lanes"]["read"] |= {"bytes": 10, "spans": spans}
+    trace = json.loads(rendered(data, "x.trace.json"))
+    assert faults(trace) == []
+    reads = [e for e in trace["traceEvents"] if e.get("cat") == "read"]
+    assert sum(e["args"]["bytes"] for e in reads) == 10
+    threads = {e["tid"]: e["args"]["name"] for e in trace["traceEvents"]
+               if e["name"] == "thread_name"}  # fmt: skip
+    assert {threads[e["tid"]] for e in reads} == {"read", "read 2"}
+
+
+SLICE = {"ph": "X", "name": "a", "cat": "c", "ts": 2, "dur": 3, "pid": 1, "tid": 1}
+COUNTER = {"ph": "C", "name": "m", "ts": 1, "pid": 1, "args": {"a": 1}}
+NAMED = [{"ph": "M", "name": "process_name", "pid": 1, "tid": 0, "args": {"name": "p"}},
+         {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": "t"}}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("events", "fault"),
+    [
+        ([SLICE | {"dur": -1}], "below zero"),
+        ([SLICE | {"pid": "1"}], "pid is '1'"),
+        ([SLICE | {"tid": 2}], "thread 2 has no name"),
+        ([{k: v for k, v in SLICE.items() if k != "ts"}], "ts is None"),
+        ([SLICE | {"colour": "red"}], "unknown fields"),
+        ([SLICE, SLICE | {"ts": 4}], "overlaps"),
+        ([SLICE, SLICE | {"ts": 0, "dur": 1}], "not in order"),
+        ([COUNTER, COUNTER | {"ts": 0}], "not in order"),
+        ([COUNTER, COUNTER | {"args": {"b": 1}}], "other series"),
+        ([COUNTER | {"args": {"a": "1"}}], "without numbers"),
+        ([COUNTER | {"pid": 2}], "process 2 has no name"),
+        ([NAMED[0]], "named twice"),
+        ([NAMED[1] | {"args": {}}], "metadata"),
+        ([{"ph": "Q"}], "no phase"),
+    ],
+)
+def test_faults_of_a_trace_are_seen(events: list[Any], fault: str) -> None:
+    whole = [*NAMED, SLICE | {"ts": 0, "dur": 1}, COUNTER]
+    assert faults({"traceEvents": whole}) == []
+    assert fault in " ".join(faults({"traceEvents": [*NAMED, *events]}))
 
 
 def test_without_a_step_the_trace_is_empty(data: dict[str, Any]) -> None:
