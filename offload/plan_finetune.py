@@ -46,6 +46,10 @@ class Report:
 def forecast(config: Any, job: FineTune, means: Means, *, advice: bool = True) -> Report:
     """Forecast a job on the machine asked for. Raises OffloadError, ValueError."""
     forecaster = Forecaster(config)
+
+    def measured(other: FineTune) -> Site:
+        return this_machine(config, forecaster, other, means)[0]
+
     if means.machine is not None:
         site = site_of(means.machine, read_machine(means.machine), job.compute_dtype or job.dtype)
         budget = _budget(means, site)
@@ -56,7 +60,8 @@ def forecast(config: Any, job: FineTune, means: Means, *, advice: bool = True) -
             "--compute-dtype is for a GPU: the forecast for a processor computes in --dtype"
         )
     answer = forecaster.answer(job, site, budget)
-    found = advise(forecaster, job, site, budget, answer) if advice else []
+    site_for = measured if means.machine is None else None
+    found = advise(forecaster, job, site, budget, answer, site_for) if advice else []
     return Report(job, site, budget, answer, found)
 
 

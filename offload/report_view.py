@@ -31,7 +31,7 @@ CAUSES = {
 LANE_RATES = {lane: f"{lane}_bytes_per_s" for lane in ("read", "write", "h2d", "d2h")}
 FASTER = "faster than the rates measured before allow"
 COMPARED = {
-    "step_s": "Step time", "stall_s": "Stalls", "peak_bytes": "Most memory held",
+    "step_s": "Step time", "stall_s": "Waiting for bytes", "peak_bytes": "Most memory held",
     "read_bytes": "Read from disk", "write_bytes": "Written to disk",
 }  # fmt: skip
 

@@ -119,6 +119,17 @@ def with_work(now: Situation, times: float, which: Callable[[Moment], bool]) -> 
     return replace(now, trace=replace(now.trace, moments=moments))
 
 
+def with_costs(now: Situation, chunks: Iterable[int], s_per_byte: float) -> Situation:
+    """Who updates these chunks computes so many seconds more for each of their bytes."""
+    chosen, sizes = frozenset(chunks), now.trace.chunk_bytes
+    moments = tuple(
+        replace(m, compute_s=m.compute_s + s_per_byte * sum(
+            sizes[n.chunk] for n in m.needs if n.chunk in chosen))
+        for m in now.trace.moments
+    )  # fmt: skip
+    return replace(now, trace=replace(now.trace, moments=moments))
+
+
 def fastest(savings: Sequence[tuple[str, float]], step_s: float) -> list[tuple[str, float]]:
     """Those worth saying, in the order given."""
     return [(text, saved_s) for text, saved_s in savings if saved_s > WORTH_SHARE * step_s]
