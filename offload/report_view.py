@@ -299,13 +299,9 @@ def _pair(key: str, label: str, before: float, after: float) -> dict[str, Any]:
     """Two values of one thing, each as a part of the larger, and how the second differs."""
     most = max(before, after) or 1.0
     change = (after - before) / before if before else math.inf if after else 0.0
-    size = (
-        "more"
-        if change == math.inf
-        else "equal"
-        if abs(change) < 0.005
-        else f"{change:+.0%}".replace("-", "−")
-    )
+    size = "equal" if abs(change) < 0.005 else f"{change:+.0%}".replace("-", "−")
+    if change == math.inf:
+        size = "more"
     return {
         "key": key, "label": label, "change": size, "far": abs(change) > 0.15,
         "before": quantity(key, before), "before_percent": 100 * before / most,
