@@ -63,25 +63,38 @@ def config_of(name: str) -> LlamaConfig:
 def foretell(name: str, disk: Path) -> tuple[Answer, Machine, dict[str, Any]]:
     """The forecast with rates of this minute; they come along."""
     _, job, size = CASES[name]
-    config, host = config_of(name), parse_size(size)
+    forecaster = Forecaster(config_of(name))
+    site, budget = this_minute(forecaster, config_of(name), job, parse_size(size), disk)
+    return forecaster.answer(job, site, budget), site.machine, as_dict(site.processor)
+
+
+def this_minute(
+    forecaster: Forecaster, config: LlamaConfig, job: FineTune, host_bytes: int, disk: Path
+) -> tuple[Site, Budget]:
+    """This machine, measured now, with so much host memory and a disk without end."""
     machine = probe(disk)
-    forecaster = Forecaster(config)
-    share, chunk_bytes = forecaster.share(job, host)
-    sample = sample_for(config, job, chunk_bytes, share)
-    processor = measure(sample, disk, machine)
-    budget = Budget(host, None, 1 << 40)
-    site = Site("this", machine, processor, host, None, 1 << 40)
-    return forecaster.answer(job, site, budget), machine, as_dict(processor)
+    share, chunk_bytes = forecaster.share(job, host_bytes)
+    processor = measure(sample_for(config, job, chunk_bytes, share), disk, machine)
+    budget = Budget(host_bytes, None, 1 << 40)
+    return Site("this", machine, processor, host_bytes, None, 1 << 40), budget
 
 
 def child(name: str, disk: str, steps: int) -> None:
     """The job itself: seconds of each step, and what offload says of it."""
+    _, job, size = CASES[name]
+    seconds, run = run_job(config_of(name), job, size, disk, steps)
+    print(json.dumps({"seconds": seconds, "stats": run.stats(), "phases": phases(run)}))
+
+
+def run_job(
+    config: LlamaConfig, job: FineTune, size: str | int, disk: str, steps: int
+) -> tuple[list[float], Any]:
+    """Seconds of each step, the first WARM_STEPS among them, and the run."""
     import offload
 
     torch.set_num_threads(os.cpu_count() or 1)
-    _, job, size = CASES[name]
     torch.manual_seed(0)
-    model = offload.init(lambda: build(config_of(name), job), host_memory=size, disk=disk)
+    model = offload.init(lambda: build(config, job), host_memory=size, disk=disk)
     optimizer = optimizer_of(model)
     offload.wrap(
         model, optimizer, step_in_backward=job.in_backward, state_dtype=job.state_dtype
@@ -95,8 +108,7 @@ def child(name: str, disk: str, steps: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
-    run = offload.runtime(model)
-    print(json.dumps({"seconds": seconds, "stats": run.stats(), "phases": phases(run)}))
+    return seconds, offload.runtime(model)
 
 
 def phases(run: Any) -> dict[str, list[float]]:

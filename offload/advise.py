@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from offload.blueprint import FineTune
+from offload.coding import coding_s_per_byte
 from offload.errors import OffloadError
 from offload.forecast import Answer, Forecaster
 from offload.machines import Site
@@ -15,15 +16,34 @@ from offload.tiers.spec import GIB, Budget, format_size, round_up
 
 
 def advise(
-    forecaster: Forecaster, job: FineTune, site: Site, budget: Budget, now: Answer
-) -> list[Change]:
-    """What would help most for least; see `offload.prefetch.advice.rank`."""
+    forecaster: Forecaster, job: FineTune, site: Site, budget: Budget, now: Answer,
+    site_for: Callable[[FineTune], Site] | None = None,
+) -> list[Change]:  # fmt: skip
+    """What would help most for least; see `offload.prefetch.advice.rank`.
+
+    ``site_for``: this machine, measured with a job that updates in another way: what the small run
+    of the job itself took says nothing of that. None: figures of a machine, without measurements.
+    """
     found = []
-    for what, cost, other, room in _variants(job, budget, now):
+    for what, cost, other, room in variants(job, budget, now):
         with contextlib.suppress(OffloadError):  # a variant that cannot be had is no advice
-            then = forecaster.answer(other, site, room)
+            there = site_of_variant(site, job, other, site_for) if site_for else site
+            then = forecaster.answer(other, there, room)
             found.append(Change(what, cost, outcome(then, other)))
     return rank(outcome(now, job), found)
+
+
+def site_of_variant(
+    site: Site, job: FineTune, other: FineTune, site_for: Callable[[FineTune], Site]
+) -> Site:
+    """``site``, measured with ``job``, for another one. Coding of state is timed by itself: a small
+    run has memory to spare, in which it takes a third.
+    """
+    if (job.in_backward, job.state_dtype) == (other.in_backward, other.state_dtype):
+        return site
+    if job.state_dtype is None and other.state_dtype is not None:
+        return replace(site, coding_s_per_byte=coding_s_per_byte(other.state_dtype))
+    return site_for(other)
 
 
 def outcome(answer: Answer, job: FineTune) -> Outcome:
@@ -34,9 +54,10 @@ def outcome(answer: Answer, job: FineTune) -> Outcome:
     return Outcome(True, pace.tokens_per_s, pace.write_bytes / job.tokens)
 
 
-def _variants(
+def variants(
     job: FineTune, budget: Budget, now: Answer
 ) -> Iterator[tuple[str, Cost, FineTune, Budget]]:
+    """What is tried: in words, what it costs, and the job and the budget as they would be."""
     if not job.in_backward:
         yield ("update in the backward pass (--step-in-backward)", Cost.NONE,
                replace(job, in_backward=True), budget)  # fmt: skip

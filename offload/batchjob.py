@@ -26,6 +26,7 @@ from offload.prompts import PromptLine, encode, fingerprint, read_prompts
 from offload.remaining import RowsLeft
 from offload.rows import RowFile
 from offload.runconfig import TINY_MODEL
+from offload.runreport import RowsReport
 from offload.sampling import Sampling
 from offload.settings import InputError
 from offload.throughput import Asked, make_block
@@ -81,7 +82,7 @@ def generate(
             observer.note(str(run.rows))
             progress = _Progress(observer, before, len(job.lines), _rows_left(left, job.asked))
             try:
-                return _run(job, block, file, progress)
+                return _run(job, block, file, progress, RowsReport(run, path, observer))
             finally:
                 observer.close()
 
@@ -143,7 +144,9 @@ def describe(job: Job, before: int) -> str:
     return f"{job.config.model}: {len(job.ids):,} prompts of {tokens:,} tokens{there}"
 
 
-def _run(job: Job, block: Block, file: RowFile, progress: _Progress) -> Generated:
+def _run(
+    job: Job, block: Block, file: RowFile, progress: _Progress, report: RowsReport
+) -> Generated:
     written = 0
     with Interrupt() as interrupt:
         progress.begin()
@@ -153,8 +156,10 @@ def _run(job: Job, block: Block, file: RowFile, progress: _Progress) -> Generate
                 file.append(_output(job, row) for row in step.finished)
                 written += len(step.finished)
                 progress.step(step)
+                report.step(step)
                 if interrupt.signal is not None:
                     break
+            report.finish()
         finally:
             steps.close()
     total = len(job.lines)

@@ -12,9 +12,8 @@ except ModuleNotFoundError as missing:
         "error: the command needs more packages: pip install 'offload[cli]'"
     ) from missing
 
-from offload import __version__, finetune_cli, generate_cli, probe_cli
+from offload import __version__, finetune_cli, generate_cli, plan_cli, probe_cli
 from offload.command import end_with, epilog
-from offload.plan_cli import plan
 from offload.report_cli import report
 
 app = typer.Typer(
@@ -43,16 +42,14 @@ def _root(
 
 app.command(epilog=finetune_cli.EPILOG)(finetune_cli.finetune)
 app.command(epilog=generate_cli.EPILOG)(generate_cli.generate)
-app.command(
-    epilog=epilog(
-        "offload plan --task finetune --model DIR --machine rtx4090-64gb-gen4 --batch-size 4",
-        "offload plan --model DIR --host-memory 24GiB --disk /scratch --prompt-count 32",
-        "offload plan --model DIR --host-memory 24GiB --weight-dtype int4 --json",
-    )
-)(plan)
+app.command(epilog=plan_cli.EPILOG)(plan_cli.plan)
 app.command(epilog=probe_cli.EPILOG)(probe_cli.probe)
 app.command(
-    epilog=epilog("offload report runs/mine", "offload report runs/a runs/b --output compared.html")
+    epilog=epilog(
+        "offload report runs/mine",
+        "offload report rows.jsonl",
+        "offload report runs/a runs/b --output compared.html",
+    )
 )(report)
 
 

@@ -78,9 +78,9 @@ def flags_given(context: typer.Context, flags: Mapping[str, str]) -> dict[str, A
     }
 
 
-def file_values(config_file: str | None, owner: type) -> dict[str, Any]:
-    """What a ``--config`` file says; nothing without one. Raises InputError."""
-    return read_yaml(Path(config_file).expanduser(), owner) if config_file else {}
+def file_values(config_file: str | None, *owners: type) -> dict[str, Any]:
+    """What a ``--config`` file of such settings says; nothing without one. Raises InputError."""
+    return read_yaml(Path(config_file).expanduser(), *owners) if config_file else {}
 
 
 def show_plan(told: Voice, config: Any, facts: Mapping[str, Any], lines: list[str]) -> None:

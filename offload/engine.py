@@ -66,6 +66,7 @@ class Engine:
         self.outlook = Outlook()
         # Room that is not chunks': a write that can be awaited; True: what was read ahead, too.
         self.relieve: Callable[[bool], bool] = lambda _: False
+        self.kv_disk_bytes: Callable[[], int] = lambda: 0  # of keys and values in their file
 
     # -- the steady state -------------------------------------------------------------------
 

@@ -207,11 +207,12 @@ class _Question:
 
     def _trace(self) -> Trace:
         on_device, early = self.need is not None, self.job.in_backward
-        trace = self._write(Setting(early, on_device))
+        coding_s = self.site.coding_s_per_byte if self.job.state_dtype is not None else 0.0
+        trace = self._write(Setting(early, on_device, coding_s))
         if early:
             other = max(m.other_bytes for m in trace.moments)
             fits = self.where.total_bytes + other + self.fixed_bytes <= self.budget.host_bytes
-            plain = self._write(Setting(False, on_device))
+            plain = self._write(Setting(False, on_device, coding_s))
             room = self.budget.host_bytes - self.fixed_bytes
             lacking = update_needed_bytes(plain, self.where) - room
             if fits or lacking > 0:

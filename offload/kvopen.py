@@ -53,6 +53,7 @@ def _open(parts: Parts, given: Given, limit_bytes: int, *, hard: bool) -> KVStor
     opened.append(store)
     before = engine.relieve
     engine.relieve = lambda desperate: before(desperate) or store.relieve(desperate)
+    engine.kv_disk_bytes = lambda: store.file.used_bytes
     return store
 
 

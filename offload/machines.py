@@ -74,7 +74,8 @@ class Site:
     """A machine, with all that a forecast asks of it. Bytes, and bytes per second, as attained.
 
     ``device_bytes`` None: the host computes. ``endurance_bytes``: what the drive is guaranteed to
-    take in its life, None where unknown.
+    take in its life, None where unknown. ``coding_s_per_byte``: what each stored byte of narrower
+    state takes beside what the processor's effort was measured with.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Site:
     device_bytes: int | None = None
     disk_bytes: int | None = None
     endurance_bytes: float | None = None
+    coding_s_per_byte: float = 0.0
 
 
 def known_machines() -> dict[str, dict[str, Any]]:

@@ -229,6 +229,84 @@ Stop = Annotated[
            show_default="none", rich_help_panel=_TOKENS),
 ]  # fmt: skip
 
+# -- what is planned ----------------------------------------------------------------------------
+
+PlannedModel = Annotated[
+    str | None,
+    Option("--model", help="Directory, config.json or hub name; no weights are read. Required.",
+           rich_help_panel=_RUN),
+]  # fmt: skip
+Task = Annotated[
+    str | None,
+    Option(help="finetune or generate.", show_default="generate, unless optimizer settings are "
+           "given", rich_help_panel=_RUN),
+]  # fmt: skip
+MachineName = Annotated[
+    str | None,
+    Option("--machine", help="One of the table (docs/plan.md) or a JSON file.",
+           show_default="this one, measured", rich_help_panel=_RUN),
+]  # fmt: skip
+PlannedDevice = Annotated[
+    str | None,
+    Option("--device-memory", help="GPU budget, e.g. 8GiB.", show_default="80% of the machine's",
+           rich_help_panel=_MEMORY),
+]  # fmt: skip
+PlannedHost = Annotated[
+    str | None,
+    Option("--host-memory", help="RAM budget, e.g. 24GiB.", rich_help_panel=_MEMORY,
+           show_default="80% of the machine's; to generate it is required"),
+]  # fmt: skip
+PlannedDisk = Annotated[
+    str | None,
+    Option("--disk", metavar="DIR", help="Directory on the disk that would be used.",
+           show_default=".", rich_help_panel=_MEMORY),
+]  # fmt: skip
+PlannedDiskMemory = Annotated[
+    str | None,
+    Option("--disk-memory", help="Disk budget, e.g. 200GiB.", show_default="80% of the machine's",
+           rich_help_panel=_MEMORY),
+]  # fmt: skip
+Method = Annotated[
+    str | None,
+    Option(help="What is trained: full or lora.", show_default="full", rich_help_panel=_NUMBERS),
+]
+Rank = Annotated[
+    int | None,
+    Option(help="Of LoRA's adapters, at all linear layers.", show_default="16",
+           rich_help_panel=_NUMBERS),
+]  # fmt: skip
+PlannedDtype = Annotated[
+    str | None,
+    Option("--dtype", help="Weights in float32 or bfloat16.", rich_help_panel=_NUMBERS,
+           show_default="float32; to generate the model's own"),
+]  # fmt: skip
+ComputeDtype = Annotated[
+    str | None,
+    Option(help="What a GPU computes in.", show_default="as --dtype", rich_help_panel=_NUMBERS),
+]
+WeightDtype = Annotated[
+    str | None,
+    Option(help="Frozen weights in int4 or int8.", show_default="as --dtype",
+           rich_help_panel=_NUMBERS),
+]  # fmt: skip
+PromptCount = Annotated[
+    int | None,
+    Option(help="How many prompts there are.", show_default="1", rich_help_panel=_TOKENS),
+]
+PromptTokens = Annotated[
+    int | None, Option(help="Tokens of each.", show_default="64", rich_help_panel=_TOKENS)
+]
+KvTiers = Annotated[
+    bool | None,
+    Option("--kv-tiers/--no-kv-tiers", help="Keys and values may go to disk.", show_default="no",
+           rich_help_panel=_MEMORY),
+]  # fmt: skip
+Advice = Annotated[
+    bool | None,
+    Option("--advice/--no-advice", help="Say which changes would help.", show_default="yes",
+           rich_help_panel=_SAID),
+]  # fmt: skip
+
 # -- the machine --------------------------------------------------------------------------------
 
 ProbedDisk = Annotated[

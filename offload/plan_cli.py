@@ -8,24 +8,39 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import typer
-from typer import Option
 
 from offload import options
-from offload.command import quiet_transformers, voice
+from offload.command import (
+    Voice,
+    epilog,
+    file_values,
+    flags_given,
+    quiet_transformers,
+    show_plan,
+    voice,
+)
 from offload.errors import BudgetError, OffloadError
+from offload.generateconfig import GenerateConfig
 from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
 from offload.machines import DTYPES, rates_of, read_machine, site_of
+from offload.planconfig import PlanConfig, build_plan
 from offload.prefetch.generation import Policy, Rates, Shape, Weights, Workload
 from offload.prefetch.rehearse import rehearse
 from offload.prefetch.search import NothingFits, Problem, search
+from offload.runconfig import RunConfig
+from offload.settings import flags_of
 from offload.tiers.layout import choose_chunk_bytes
 from offload.tiers.spec import Budget, Compute, Machine, format_size, parse_size
 
-if TYPE_CHECKING:
-    from offload.plan_finetune import Means
+FLAGS = flags_of(PlanConfig)
+EPILOG = epilog(
+    "offload plan --task finetune --model DIR --machine rtx4090-64gb-gen4 --batch-size 4",
+    "offload plan --model DIR --host-memory 24GiB --disk /scratch --prompt-count 32",
+    "offload plan --config runs/mine/config.yaml --host-memory 12GiB",
+)
 
 
 class Found(NamedTuple):
@@ -38,109 +53,123 @@ class Found(NamedTuple):
 
 def plan(
     context: typer.Context,
-    model: Annotated[str, Option(help="Directory, config.json or hub name; no weights are read.")],
-    host_memory: Annotated[
-        str | None, Option(help="RAM budget, e.g. 24GiB; without: the machine's.")
-    ] = None,
-    task: Annotated[str, Option(help="finetune or generate.")] = "generate",
-    device_memory: Annotated[
-        str | None, Option(help="GPU budget, e.g. 20GiB, for a machine that has one.")
-    ] = None,
-    disk: Annotated[str, Option(help="Directory on the disk that would be used.")] = ".",
-    disk_memory: Annotated[str | None, Option(help="Disk budget, e.g. 200GiB.")] = None,
-    machine: Annotated[
-        str | None,
-        Option(help="One of the table (docs/plan.md) or a JSON file; without: this one, measured."),
-    ] = None,
-    method: Annotated[str, Option(help="Fine-tuning: full or lora.")] = "full",
-    rank: Annotated[int, Option(help="Of LoRA's adapters, at all linear layers.")] = 16,
-    batch_size: Annotated[int, Option(help="Sequences per step.")] = 1,
-    seq_len: Annotated[int, Option(help="Tokens per sequence.")] = 512,
-    dtype: Annotated[str, Option(help="Trained with weights in float32 or bfloat16.")] = "float32",
-    compute_dtype: Annotated[
-        str | None, Option(help="What a GPU computes in; without: --dtype.")
-    ] = None,
-    state_dtype: Annotated[str | None, Option(help="Optimizer state in bf16 or int8.")] = None,
-    step_in_backward: Annotated[
-        bool, Option("--step-in-backward", help="Update during the backward pass.")
-    ] = False,
-    gradient_checkpointing: Annotated[
-        bool, Option("--gradient-checkpointing", help="Run layers again in the backward pass.")
-    ] = False,
-    advice: Annotated[
-        bool, Option("--advice/--no-advice", help="Say which changes would help.")
-    ] = True,
-    prompts: Annotated[
-        int, Option("--prompt-count", help="Generation: how many prompts there are.")
-    ] = 1,
-    prompt_tokens: Annotated[int, Option(help="Tokens of each.")] = 64,
-    new_tokens: Annotated[int, Option("--max-new-tokens", help="Tokens to add to each.")] = 64,
-    weight_dtype: Annotated[
-        str | None, Option(help="int4, int8 or a floating type; without: the model's own.")
-    ] = None,
-    kv_tiers: Annotated[
-        bool, Option("--kv-tiers", help="Keys and values may go to disk (runtime.kv_cache).")
-    ] = False,
+    config: options.Config = None,
+    model: options.PlannedModel = None,
+    task: options.Task = None,
+    machine: options.MachineName = None,
+    dry_run: options.DryRun = False,
+    device_memory: options.PlannedDevice = None,
+    host_memory: options.PlannedHost = None,
+    disk: options.PlannedDisk = None,
+    disk_memory: options.PlannedDiskMemory = None,
+    seq_len: options.SeqLen = None,
+    batch_size: options.BatchSize = None,
+    accumulate: options.Accumulate = None,
+    prompt_count: options.PromptCount = None,
+    prompt_tokens: options.PromptTokens = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    kv_tiers: options.KvTiers = None,
+    method: options.Method = None,
+    rank: options.Rank = None,
+    dtype: options.PlannedDtype = None,
+    compute_dtype: options.ComputeDtype = None,
+    weight_dtype: options.WeightDtype = None,
+    state_dtype: options.StateDtype = None,
+    step_in_backward: options.StepInBackward = None,
+    gradient_checkpointing: options.GradientCheckpointing = None,
+    advice: options.Advice = None,
     as_json: options.AsJson = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Say what a task would need and take on a machine, before anything is allocated.
 
-    Exit status: 0 it fits, 3 it does not fit (both with the forecast), 2 it cannot be told.
+    A --config file of finetune or generate will do. Exit status: 0 it fits, 3 it does not fit (both
+    with the forecast), 2 it cannot be told.
     """
-    from offload.blueprint import FineTune
+    # The settings among the parameters above are read from the context, by their names.
+    told = voice(context, as_json=as_json, verbose=verbose, quiet=quiet)
+    values = file_values(config, PlanConfig, RunConfig, GenerateConfig)
+    made, left_out = build_plan(values | flags_given(context, FLAGS))
+    quiet_transformers()
+    for key in left_out:
+        told.note(f"{key} is not modelled: the forecast is of the same without it")
+    if dry_run:
+        _dry_run(made, told)
+    elif made.task == "generate":
+        _plan_rows(made, told)
+    else:
+        _plan_steps(made, told)
+
+
+def _dry_run(config: PlanConfig, told: Voice) -> None:
+    """Everything but the forecast, and nothing is measured."""
+    from offload.shape import read_config, weight_type
+
+    read_config(config.model)
+    if config.task == "generate":
+        weight_type(None, config.compute.weight_dtype or config.compute.dtype)
+    else:
+        config.job  # noqa: B018, it is checked as it is made
+    place = config.machine
+    if place is not None:
+        read_machine(place)
+        line = f"would forecast it for {place}, from figures: nothing is measured"
+    else:
+        disk = config.memory.disk or "."
+        line = f"would measure this machine and {disk}, where no earlier measurement is kept"
+    show_plan(told, config, {"measures": place is None}, [line])
+
+
+def _plan_rows(config: PlanConfig, told: Voice) -> None:
+    from offload.shape import read_config
+
+    found = _generate(read_config(config.model), config)
+    if told.as_json:
+        typer.echo(json.dumps(as_dict(found, config.work)))
+    elif not told.quiet:
+        _show(found.policy, found.shape, config.work)
+
+
+def _plan_steps(config: PlanConfig, told: Voice) -> None:
     from offload.plan_finetune import DOES_NOT_FIT, Means, forecast, show, to_json
     from offload.shape import read_config
 
-    voice(context, as_json=as_json, verbose=verbose, quiet=quiet)
-    quiet_transformers()
-    if task not in ("finetune", "generate"):
-        raise OffloadError(f"plan: no task {task!r}; there are finetune and generate")
-    config = read_config(model)
-    means = Means(machine, host_memory, device_memory, disk, disk_memory)
-    if task == "generate":
-        work = Workload(prompts, prompt_tokens, new_tokens)
-        found = _generate(config, work, weight_dtype, means, kv_tiers=kv_tiers)
-        if as_json:
-            typer.echo(json.dumps(as_dict(found, work)))
-        elif not quiet:
-            _show(found.policy, found.shape, work)
-        return
-    job = FineTune(
-        method, rank, dtype, compute_dtype, weight_dtype, state_dtype, batch_size, seq_len,
-        gradient_checkpointing, step_in_backward,
+    memory = config.memory
+    means = Means(
+        config.machine, memory.host_memory, memory.device_memory, memory.disk or ".",
+        memory.disk_memory,
     )  # fmt: skip
-    report = forecast(config, job, means, advice=advice)
-    if as_json:
+    report = forecast(read_config(config.model), config.job, means, advice=config.advice)
+    if told.as_json:
         typer.echo(to_json(report))
-    elif not quiet:
+    elif not told.quiet:
         show(report)
     if not report.answer.fits:
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _generate(
-    config: Any, work: Workload, weight_dtype: str | None, means: Means, *, kv_tiers: bool
-) -> Found:
-    """Choose rows at once and placement."""
+def _generate(model: Any, config: PlanConfig) -> Found:
+    """Choose rows at once and placement, for the configuration of a model."""
     from offload.shape import read_shape, weight_type
 
-    if means.host_memory is None:
+    memory, machine = config.memory, config.machine
+    weight_dtype = config.compute.weight_dtype or config.compute.dtype
+    if memory.host_memory is None:
         raise OffloadError("plan: --task generate needs --host-memory, e.g. 24GiB")
-    disk_bytes = parse_size(means.disk_memory) if means.disk_memory else None
-    budget = Budget(parse_size(means.host_memory), disk_bytes=disk_bytes)
-    shape = read_shape(config, weight_dtype)
-    if means.machine is None:
-        rates = measured(config, weight_dtype, means.disk)
+    disk_bytes = parse_size(memory.disk_memory) if memory.disk_memory else None
+    budget = Budget(parse_size(memory.host_memory), disk_bytes=disk_bytes)
+    shape = read_shape(model, weight_dtype)
+    if machine is None:
+        rates = measured(model, weight_dtype, memory.disk or ".")
     else:
-        rates = read_rates(means.machine, weight_type(config, None), shape.weights)
+        rates = read_rates(machine, weight_type(model, None), shape.weights)
     if rates.device is not None:
-        device = means.device_memory
-        if device is None:
-            raise OffloadError(f"plan: {means.machine} has a GPU: give --device-memory, e.g. 20GiB")
-        budget = replace(budget, device_bytes=parse_size(device))
-    return Found(choose(Problem(shape, rates, budget, work, kv_tiers)), shape, rates)
+        if memory.device_memory is None:
+            raise OffloadError(f"plan: {machine} has a GPU: give --device-memory, e.g. 20GiB")
+        budget = replace(budget, device_bytes=parse_size(memory.device_memory))
+    problem = Problem(shape, rates, budget, config.work, config.rows.kv_tiers)
+    return Found(choose(problem), shape, rates)
 
 
 def choose(problem: Problem) -> Policy:

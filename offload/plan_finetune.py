@@ -10,7 +10,7 @@ from typing import Any
 
 from offload.advise import advise
 from offload.blueprint import FineTune
-from offload.config import HEADROOM_SHARE
+from offload.config import HEADROOM_SHARE, Size
 from offload.forecast import Answer, Forecaster
 from offload.machines import Effort, Site, read_machine, site_of
 from offload.prefetch.advice import Change
@@ -26,10 +26,10 @@ class Means:
     """What a plan may use, as the user wrote it; None: what the machine has."""
 
     machine: str | None = None
-    host_memory: str | None = None
-    device_memory: str | None = None
+    host_memory: Size | None = None
+    device_memory: Size | None = None
     disk: str = "."
-    disk_memory: str | None = None
+    disk_memory: Size | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,10 @@ class Report:
 def forecast(config: Any, job: FineTune, means: Means, *, advice: bool = True) -> Report:
     """Forecast a job on the machine asked for. Raises OffloadError, ValueError."""
     forecaster = Forecaster(config)
+
+    def measured(other: FineTune) -> Site:
+        return this_machine(config, forecaster, other, means)[0]
+
     if means.machine is not None:
         site = site_of(means.machine, read_machine(means.machine), job.compute_dtype or job.dtype)
         budget = _budget(means, site)
@@ -56,7 +60,8 @@ def forecast(config: Any, job: FineTune, means: Means, *, advice: bool = True) -
             "--compute-dtype is for a GPU: the forecast for a processor computes in --dtype"
         )
     answer = forecaster.answer(job, site, budget)
-    found = advise(forecaster, job, site, budget, answer) if advice else []
+    site_for = measured if means.machine is None else None
+    found = advise(forecaster, job, site, budget, answer, site_for) if advice else []
     return Report(job, site, budget, answer, found)
 
 
@@ -89,8 +94,8 @@ def _budget(means: Means, site: Site) -> Budget:
     return Budget(host, device, disk)
 
 
-def _size(text: str | None) -> int | None:
-    return parse_size(text) if text is not None else None
+def _size(size: Size | None) -> int | None:
+    return parse_size(size) if size is not None else None
 
 
 def to_json(report: Report) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from offload.coding import coding_s_per_byte
 from offload.prefetch.plan import Forecast
 from offload.prefetch.trace import Moment
 from offload.prefetch.variants import (
@@ -13,6 +14,7 @@ from offload.prefetch.variants import (
     less_memory,
     more_memory,
     with_chunks,
+    with_costs,
     with_work,
     without_chunks,
 )
@@ -39,12 +41,13 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """What could be chosen otherwise."""
+    """What could be chosen otherwise. ``coding_s_per_byte``: of state in bf16."""
 
     trains: bool = False
     may_update_early: bool = False  # step_in_backward is not on, and could be
     may_narrow: bool = False  # state is as wide as the optimizer keeps it
     chunks: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by kind
+    coding_s_per_byte: float = 0.0
 
 
 def verdict(facts: Facts) -> dict[str, Any]:
@@ -66,7 +69,9 @@ def ways_of(kind_trains: bool, early: bool, clips: bool, narrow: bool, tables: T
         for kind in (GRADIENTS, OPTIMIZER)
     }
     free = kind_trains and not early and not clips
-    return Ways(kind_trains, free, kind_trains and not narrow, chunks)
+    may_narrow = kind_trains and not narrow
+    coding_s = coding_s_per_byte("bf16") if may_narrow else 0.0
+    return Ways(kind_trains, free, may_narrow, chunks, coding_s)
 
 
 def _binding(facts: Facts) -> tuple[str, float | None]:
@@ -157,7 +162,8 @@ def _other_numbers(facts: Facts, now: Situation, forecast: Forecast) -> list[str
             )
     state = ways.chunks.get(OPTIMIZER, ())
     if ways.may_narrow and state:
-        narrow = with_chunks(now, state, 0.5).forecast()
+        coded = with_costs(with_chunks(now, state, 0.5), state, ways.coding_s_per_byte)
+        narrow = coded.forecast()
         if narrow is not None and forecast.step_s - narrow.step_s > WORTH_SHARE * forecast.step_s:
             found.append(
                 'state_dtype="bf16" halves the optimizer state (other numbers): '

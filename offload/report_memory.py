@@ -135,20 +135,18 @@ def device_columns(tape: Tape, parts: Parts) -> Columns:
     )
 
 
-def disk_columns(step_s: float, parts: Parts, tables: Tables, budget_bytes: int | None) -> Columns:
-    """The spill files, whose size does not change in a planned step."""
+def disk_columns(tape: Tape, parts: Parts, tables: Tables, budget_bytes: int | None) -> Columns:
+    """The spill files, as they were when the step began."""
     columns = Columns(budget_bytes)
     kinds = dict.fromkeys(KINDS, 0)
     for row in tables.chunks:
         kinds[row.kind] += row.size_bytes if row.on_disk else 0
     disk = parts.engine.space.disk
     used_bytes = disk.used_bytes if disk is not None else 0
-    swapped_bytes = kv_bytes = 0
+    swapped_bytes, kv_bytes = 0, tape.before.kv_disk_bytes
     if isinstance(parts.hooks, Hooks):
         swapped_bytes = parts.hooks.activations.stats()["disk_bytes"]
-    if parts.kv is not None:
-        kv_bytes = parts.kv.file.used_bytes
     kinds[Other.ACTIVATIONS.value], kinds[Other.KV.value] = swapped_bytes, kv_bytes
     columns.add(0.0, kinds, used_bytes + swapped_bytes + kv_bytes)
-    columns.hold_until(step_s)
+    columns.hold_until(tape.ended_s - tape.began_s)
     return columns

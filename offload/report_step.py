@@ -134,7 +134,7 @@ def recorded_step(
         memory["device"] = device_columns(device, parts)
         memory["device"].hold_until(step_s)
     if parts.engine.space.disk is not None:
-        memory["disk"] = disk_columns(step_s, parts, tables, disk_bytes)
+        memory["disk"] = disk_columns(host, parts, tables, disk_bytes)
     moved = frozenset(row.chunk for name in ("read", "write") for row in lanes[name].rows)
     return Step(step_s, lanes, stalls, _phases(whole, began_s), memory, moved)
 

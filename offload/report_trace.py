@@ -31,20 +31,21 @@ def _events(step: dict[str, Any], data: dict[str, Any]) -> Iterator[Event]:
     modules = [module["name"] for module in data["modules"]]
     yield _name("process_name", LANES, 0, f"{data['model']['name']}: one step")
     yield _name("process_name", MEMORY, 0, "memory")
+    rows: dict[str, dict[str, list[Any]]]
     rows = {name: step["lanes"][name]["spans"] for name in step["lanes"]}
-    rows["stalls"] = step["stalls"]
-    for thread, lane in enumerate(ORDER):
-        if lane != "phases" and lane not in rows:
+    rows |= {"stalls": step["stalls"], "phases": _columns(step["phases"])}
+    for number, lane in enumerate(ORDER):
+        if lane not in rows:
             continue
-        yield _name("thread_name", LANES, thread, lane)
-        yield {
-            "ph": "M", "name": "thread_sort_index", "pid": LANES, "tid": thread,
-            "args": {"sort_index": thread},
-        }  # fmt: skip
-        if lane == "phases":
-            yield from _phases(step, thread)
-        else:
-            yield from _spans(lane, thread, rows[lane], modules)
+        for again, track in enumerate(tracks(rows[lane])):
+            thread = number + again * len(ORDER)
+            yield _name("thread_name", LANES, thread, f"{lane} {again + 1}" if again else lane)
+            yield {
+                "ph": "M", "name": "thread_sort_index", "pid": LANES, "tid": thread,
+                "args": {"sort_index": 1000 * number + again},
+            }  # fmt: skip
+            for i in track:
+                yield _span(lane, thread, rows[lane], i, modules)
     for tier, memory in step["memory"].items():
         yield from _counters(tier, memory)
 
@@ -53,30 +54,47 @@ def _name(what: str, process: int, thread: int, name: str) -> Event:
     return {"ph": "M", "name": what, "pid": process, "tid": thread, "args": {"name": name}}
 
 
-def _phases(step: dict[str, Any], thread: int) -> Iterator[Event]:
-    for phase in step["phases"]:
-        yield _complete(phase["name"], "phase", thread, phase["start_s"], phase["end_s"])
+def tracks(spans: dict[str, list[Any]]) -> list[list[int]]:
+    """Indices of spans by track, in order: a lane's workers overlap, slices of one track must not.
+
+    Viewers nest slices, and lose the end of one that outlasts the slice in which it began.
+    """
+    found: list[list[int]] = []
+    ends: list[int] = []
+    for i in sorted(range(len(spans["start_s"])), key=lambda i: _ns(spans["start_s"][i])):
+        start = _ns(spans["start_s"][i])
+        free = next((n for n, end in enumerate(ends) if end <= start), len(ends))
+        if free == len(ends):
+            found.append([])
+            ends.append(0)
+        found[free].append(i)
+        ends[free] = _ns(spans["end_s"][i])
+    return found
 
 
-def _spans(
-    lane: str, thread: int, spans: dict[str, list[Any]], modules: list[str]
-) -> Iterator[Event]:
-    for i, start_s in enumerate(spans["start_s"]):
-        chunk, module = spans["chunk"][i], spans["module"][i]
-        whose = modules[module] if module >= 0 else ""
-        label = spans["cause"][i] if "cause" in spans else whose or lane
-        event = _complete(label, lane, thread, start_s, spans["end_s"][i])
-        event["args"] = {"module": whose, "chunk": chunk}
-        if "bytes" in spans and spans["bytes"][i]:
-            event["args"]["bytes"] = spans["bytes"][i]
-        yield event
+def _columns(phases: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {key: [p[key] for p in phases] for key in ("name", "start_s", "end_s")}
 
 
-def _complete(name: str, category: str, thread: int, start_s: float, end_s: float) -> Event:
-    return {
-        "ph": "X", "name": name, "cat": category, "pid": LANES, "tid": thread,
-        "ts": round(start_s * 1e6, 3), "dur": round((end_s - start_s) * 1e6, 3),
+def _span(lane: str, thread: int, spans: dict[str, list[Any]], i: int, modules: list[str]) -> Event:
+    start, end = _ns(spans["start_s"][i]), _ns(spans["end_s"][i])
+    event: Event = {
+        "ph": "X", "name": lane, "cat": lane, "pid": LANES, "tid": thread,
+        "ts": start / 1000, "dur": (end - start) / 1000,
     }  # fmt: skip
+    if "name" in spans:
+        return event | {"name": spans["name"][i], "cat": "phase"}
+    whose = modules[spans["module"][i]] if spans["module"][i] >= 0 else ""
+    event["name"] = spans["cause"][i] if "cause" in spans else whose or lane
+    event["args"] = {"module": whose, "chunk": spans["chunk"][i]}
+    if "bytes" in spans and spans["bytes"][i]:
+        event["args"]["bytes"] = spans["bytes"][i]
+    return event
+
+
+def _ns(seconds: float) -> int:
+    """Nanoseconds, in which viewers count: rounded once, so that neighbours do not overlap."""
+    return round(seconds * 1e9)
 
 
 def _counters(tier: str, memory: dict[str, Any]) -> Iterator[Event]:
@@ -84,5 +102,5 @@ def _counters(tier: str, memory: dict[str, Any]) -> Iterator[Event]:
     for i, at_s in enumerate(memory["t_s"]):
         yield {
             "ph": "C", "name": f"{tier} bytes", "pid": MEMORY, "tid": 0,
-            "ts": round(at_s * 1e6, 3), "args": {kind: kinds[kind][i] for kind in kinds},
+            "ts": _ns(at_s) / 1000, "args": {kind: kinds[kind][i] for kind in kinds},
         }  # fmt: skip

@@ -5,6 +5,7 @@ Everything here is plain data; the page escapes it. Numbers get their units here
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from offload.report_charts import COMPUTING, KINDS, OTHER, kinds_of, lanes_of, used_bytes_of
@@ -31,7 +32,7 @@ CAUSES = {
 LANE_RATES = {lane: f"{lane}_bytes_per_s" for lane in ("read", "write", "h2d", "d2h")}
 FASTER = "faster than the rates measured before allow"
 COMPARED = {
-    "step_s": "Step time", "stall_s": "Stalls", "peak_bytes": "Most memory held",
+    "step_s": "Step time", "stall_s": "Waiting for bytes", "peak_bytes": "Most memory held",
     "read_bytes": "Read from disk", "write_bytes": "Written to disk",
 }  # fmt: skip
 
@@ -297,8 +298,10 @@ def forecast_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
 def _pair(key: str, label: str, before: float, after: float) -> dict[str, Any]:
     """Two values of one thing, each as a part of the larger, and how the second differs."""
     most = max(before, after) or 1.0
-    change = (after - before) / before if before else 0.0
+    change = (after - before) / before if before else math.inf if after else 0.0
     size = "equal" if abs(change) < 0.005 else f"{change:+.0%}".replace("-", "−")
+    if change == math.inf:
+        size = "more"
     return {
         "key": key, "label": label, "change": size, "far": abs(change) > 0.15,
         "before": quantity(key, before), "before_percent": 100 * before / most,

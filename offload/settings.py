@@ -101,8 +101,11 @@ def _own(
     return found
 
 
-def read_yaml(path: Path, owner: type) -> dict[str, Any]:
-    """The flat ``{key path: value}`` of a YAML file. InputError if it is not one."""
+def read_yaml(path: Path, *owners: type) -> dict[str, Any]:
+    """The flat ``{key path: value}`` of a YAML file with the sections of these settings classes.
+
+    Raises InputError if it is not one.
+    """
     import yaml
 
     try:
@@ -118,7 +121,8 @@ def read_yaml(path: Path, owner: type) -> dict[str, Any]:
         raise InputError(
             f"{path} must hold keys such as 'model:' and 'data:', not a {type(tree).__name__}"
         )
-    return _flat(tree, sections(owner), path)
+    inner = {name: kind for owner in owners for name, kind in sections(owner).items()}
+    return _flat(tree, inner, path)
 
 
 def _flat(tree: Mapping[Any, Any], inner: Mapping[str, type], path: Path) -> dict[str, Any]:

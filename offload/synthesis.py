@@ -35,10 +35,12 @@ class Pace(Protocol):
 @dataclass(frozen=True, slots=True)
 class Setting:
     """``in_backward``: chunks are updated as soon as their gradients are there. ``on_device``:
-    activations are, so that only gradients on their way home are the host's."""
+    activations are, so that only gradients on their way home are the host's.
+    ``coding_s_per_byte``: for each stored byte of state, beyond what the pace says."""
 
     in_backward: bool = False
     on_device: bool = False
+    coding_s_per_byte: float = 0.0
 
 
 def synthesise(step: Step, where: Outline, pace: Pace, setting: Setting) -> Trace:
@@ -190,7 +192,8 @@ class _Writer:
         weights = self._sizes[needs[0].chunk]
         moved = sum(self._sizes[n.chunk] * (2 if n.access is Access.WRITE else 1) for n in needs)
         moved += weights if phase is Phase.EARLY else 0
-        self._works(self._pace.update_s(phase, moved))
+        state = sum(self._sizes[n.chunk] for n in needs[1:] if n.access is Access.WRITE)
+        self._works(self._pace.update_s(phase, moved) + self._setting.coding_s_per_byte * state)
 
 
 class _Gradients:

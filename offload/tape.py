@@ -50,7 +50,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """A tier's memory when the step begins: ``chunks`` has one entry for each frame in use."""
+    """A tier's memory when the step begins: ``chunks`` has one entry for each frame in use.
+
+    ``kv_disk_bytes``: of keys and values that are on disk, which may be gone with their rows when
+    somebody asks.
+    """
 
     at_s: float
     chunks: tuple[int, ...]
@@ -58,6 +62,7 @@ class Holding:
     fixed_bytes: int
     used_bytes: int
     idle_bytes: int
+    kv_disk_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ class Tape:
         self.lanes: dict[str, list[Span]] = {}  # of transfers that ended in the step
         self.before = Holding(
             began_s, tuple(engine.space.held()), dict(ledger.other_by_kind), ledger.fixed_bytes,
-            ledger.used_bytes, ledger.idle_bytes,
+            ledger.used_bytes, ledger.idle_bytes, engine.kv_disk_bytes(),
         )  # fmt: skip
         self._samples: list[tuple[float, int | Other, int, int, int]] = []
         self._source = _Source(engine, ledger, meters)

@@ -117,3 +117,14 @@ def with_work(now: Situation, times: float, which: Callable[[Moment], bool]) -> 
         replace(m, compute_s=m.compute_s * times) if which(m) else m for m in now.trace.moments
     )
     return replace(now, trace=replace(now.trace, moments=moments))
+
+
+def with_costs(now: Situation, chunks: Iterable[int], s_per_byte: float) -> Situation:
+    """Who updates these chunks computes so many seconds more for each of their bytes."""
+    chosen, sizes = frozenset(chunks), now.trace.chunk_bytes
+    moments = tuple(
+        replace(m, compute_s=m.compute_s + s_per_byte * sum(
+            sizes[n.chunk] for n in m.needs if n.chunk in chosen))
+        for m in now.trace.moments
+    )  # fmt: skip
+    return replace(now, trace=replace(now.trace, moments=moments))

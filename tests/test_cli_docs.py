@@ -10,9 +10,10 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from offload import cli, finetune_cli, generate_cli
+from offload import cli, finetune_cli, generate_cli, plan_cli
 from offload.command import EXIT_CODES
 from offload.generateconfig import GenerateConfig
+from offload.planconfig import PlanConfig
 from offload.runconfig import RunConfig
 from offload.settings import default_of
 
@@ -53,8 +54,7 @@ def test_help_has_examples_and_exit_statuses_and_docs_the_examples(name: str) ->
     assert all(f"{code} {what}" in epilog for code, what in EXIT_CODES.items())
     examples = [line for line in epilog.split("\n\n") if line.startswith("offload ")]
     assert examples
-    if name != "plan":  # whose other examples are in its own page
-        assert all(example in DOCS for example in examples)
+    assert all(example in DOCS for example in examples)
 
 
 def test_one_name_means_one_thing_in_every_command() -> None:
@@ -71,17 +71,16 @@ def test_one_name_means_one_thing_in_every_command() -> None:
     assert {flag: found for flag, found in kinds.items() if len(found) > 1} == {}
 
 
-@pytest.mark.parametrize("name", ["finetune", "generate", "probe"])
+@pytest.mark.parametrize("name", ["finetune", "generate", "plan", "probe"])
 def test_what_every_command_has(name: str) -> None:
     flags = {flag for param in COMMANDS[name].params for flag in param.opts}
     common = {"--config", "--dry-run", "--json", "--verbose", "-v", "--quiet", "-q", "--disk"}
     assert common <= flags
 
 
-@pytest.mark.parametrize("name", ["plan", "report"])
-def test_what_commands_that_start_nothing_have(name: str) -> None:
-    flags = {flag for param in COMMANDS[name].params for flag in param.opts}
-    assert {"--json", "--verbose", "-v", "--quiet", "-q"} <= flags
+def test_what_a_command_without_settings_has() -> None:
+    flags = {flag for param in COMMANDS["report"].params for flag in param.opts}
+    assert {"--dry-run", "--json", "--verbose", "-v", "--quiet", "-q"} <= flags
 
 
 @pytest.mark.parametrize(
@@ -89,6 +88,7 @@ def test_what_commands_that_start_nothing_have(name: str) -> None:
     [
         ("finetune", RunConfig, finetune_cli.FLAGS),
         ("generate", GenerateConfig, generate_cli.FLAGS),
+        ("plan", PlanConfig, plan_cli.FLAGS),
     ],
 )
 def test_the_defaults_that_are_shown_are_those_that_hold(

@@ -7,19 +7,23 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import yaml
 
 from offload import cli
 from offload.calibrate import calibrate
 from offload.errors import OffloadError
 from offload.places import BlockPlan
+from offload.planconfig import PlanConfig, build_plan
 from offload.prefetch.generation import Rates, Workload
 from offload.prefetch.rehearse import rehearse
 from offload.prefetch.search import Candidate, Problem, solve
+from offload.settings import read_yaml
 from offload.shape import model_of, read_config, read_shape
 from offload.tiers.spec import MIB, Budget, Compute, Machine
 from tests.conftest import CHUNK_BYTES
@@ -210,3 +214,75 @@ def test_the_command_says_what_it_assumes_of_experts(
     words = " ".join(capsys.readouterr().out.split())
     assert "1 - (1 - 2/8)^2 = 44%" in words
     assert "balanced" in words
+
+
+FOREIGN = {"output": "runs/x", "schedule": {"steps": 7}, "data": {"path": "d.txt", "seq_len": 32,
+           "accumulate": 3}, "memory": {"host_memory": "1MiB"}}  # fmt: skip
+
+
+def test_a_run_s_own_file_is_what_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What flags say, else the file, else the defaults; the file of finetune means finetune."""
+    file = tmp_path / "config.yaml"
+    told = FOREIGN | {"model": a_model(tmp_path, num_hidden_layers=2), "compute": {"bf16": True}}
+    file.write_text(yaml.safe_dump(told))
+    asked = ["plan", "--config", str(file), "--machine", "rtx4090-64gb-gen4", "--no-advice"]
+    assert run(monkeypatch, *asked, "--batch-size", "2", "--host-memory", "16MiB", "--json") == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["task"] == "finetune"
+    job, budget = found["job"], found["budget"]
+    assert (job["batch"], job["sequence"], job["rank"]) == (6, 32, 16)
+    assert budget["host_bytes"] == 16 << 20
+    assert "compute.bf16 is not modelled" in said.err
+    assert run(monkeypatch, *asked, "--json") == 3  # of the file's own MiB
+
+
+def test_plans_of_rows_take_the_file_of_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.yaml"
+    told = {"model": a_model(tmp_path), "output": "o", "data": {"prompts": "p", "batch_size": 8},
+            "compute": {"dtype": "bfloat16"}, "sampling": {"max_new_tokens": 5, "stop": ["x"]},
+            "memory": {"host_memory": "14MiB"}, "rows": {"prompt_count": 4}}  # fmt: skip
+    file.write_text(yaml.safe_dump(told))
+    asked = ["plan", "--config", str(file), "--machine", rates(tmp_path), "--json"]
+    assert run(monkeypatch, *asked) == 0
+    said = json.loads(capsys.readouterr().out)
+    work = said["work"]
+    assert (work["prompts"], work["prompt_tokens"], work["new_tokens"]) == (4, 64, 5)
+    shape = read_shape(read_config(str(told["model"])), "bfloat16")
+    assert said["shape"] == json.loads(json.dumps(asdict(shape)))
+    file.write_text(yaml.safe_dump(told | {"rows": {"promt_count": 4}}))
+    assert run(monkeypatch, *asked) == 2
+    assert "did you mean 'rows.prompt_count'" in capsys.readouterr().err
+
+
+def test_a_dry_plan_measures_and_forecasts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("offload.plan_finetune.forecast", "offload.plan_cli.measured"):
+        monkeypatch.setattr(name, lambda *a, **k: pytest.fail("done"))
+    asked = ["plan", "--model", a_model(tmp_path), "--dry-run", "--host-memory", "1GiB"]
+    assert run(monkeypatch, *asked, "--task", "finetune", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["event"], said["measures"]) == ("dry-run", True)
+    assert said["config"]["memory"]["host_memory"] == "1GiB"
+    assert run(monkeypatch, *asked, "--machine", "rtx4090-64gb-gen4") == 0
+    words = capsys.readouterr().out
+    assert "nothing is measured" in words
+    settings = yaml.safe_load(words.split("would forecast")[0])
+    assert build_plan(dict(read_yaml_text(tmp_path, settings)))[0].task == "generate"
+    for odd, why in (("--weight-dtype", "give one of"), ("--machine", "rtx4090-64gb-gen4"),
+                     ("--task", "finetune and generate"), ("--model", "no model")):  # fmt: skip
+        assert run(monkeypatch, *asked, odd, "./none") == 2
+        assert why in capsys.readouterr().err
+    assert run(monkeypatch, *asked, "--task", "finetune", "--method", "qlora") == 2
+
+
+def read_yaml_text(folder: Path, settings: Any) -> dict[str, Any]:
+    """Printed settings are a ``--config`` file."""
+    file = folder / "again.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return read_yaml(file, PlanConfig)

@@ -189,7 +189,7 @@ def test_what_does_not_fit_exits_with_3_and_says_what_would_help(
 
 REFUSED = [
     (["--method", "qlora"], "full or lora"),
-    (["--batch-size", "0"], "batch must be at least 1"),
+    (["--batch-size", "0"], "data.batch_size must be at least 1"),
     (["--weight-dtype", "int4"], "frozen weights"),
     (["--machine", "rtx1"], "rtx4090-64gb-gen4"),
     (["--task", "sleep"], "finetune and generate"),

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from io import StringIO
 from pathlib import Path
 
@@ -93,13 +94,47 @@ def test_json_progress_is_one_object_a_line() -> None:
     assert events[1]["left_s"] == 2.0
 
 
-def test_the_second_signal_finds_the_default_handler() -> None:
-    before = signal.getsignal(signal.SIGINT)
+BOTH = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("first", BOTH)
+def test_the_second_signal_of_either_kind_finds_the_default_handler(
+    first: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = [signal.getsignal(number) for number in BOTH]
     with Interrupt() as interrupt:
         assert interrupt.signal is None
+        signal.raise_signal(first)
+        assert interrupt.signal == first
+        assert [signal.getsignal(number) for number in BOTH] == [signal.SIG_DFL] * 2
+    assert [signal.getsignal(number) for number in BOTH] == before
+    said = capfd.readouterr().err
+    assert "once more to stop at once" in said
+    assert "\x1b" not in said  # no terminal
+
+
+def test_a_signal_gives_a_terminal_its_cursor_back(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The panel has hidden it, and the second signal leaves nobody to show it."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Interrupt():
         signal.raise_signal(signal.SIGINT)
-        assert interrupt.signal == signal.SIGINT
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert capfd.readouterr().err.startswith("\x1b[?25h")
+
+
+def test_runs_in_other_threads_leave_signals_alone() -> None:
+    found: list[object] = []
+
+    def work() -> None:
+        with Interrupt() as interrupt:
+            found.append((interrupt.signal, signal.getsignal(signal.SIGINT)))
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(None, before)]
     assert signal.getsignal(signal.SIGINT) is before
 
 

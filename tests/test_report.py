@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 import offload
 from offload.config import Tuning
 from offload.errors import OffloadError
-from offload.places import BlockPlan
 from offload.prefetch.trace import Access, Need, Phase
 from offload.report import report_data
 from offload.report_memory import KINDS, thinned
@@ -27,12 +26,11 @@ from offload.report_tables import Tables
 from offload.run import Runtime
 from offload.steps import Kind
 from offload.tape import Mark
-from offload.tiers.spec import KIB, MIB
+from offload.tiers.spec import MIB
 from offload.timeline import Levels, segments
 from tests.blocks import start, train
 from tests.conftest import CHUNK_BYTES, MACHINE, adamw
 from tests.framed import Watched, tuning
-from tests.test_throughput import build, prompts, tight_bytes
 
 if TYPE_CHECKING:
     from tests.conftest import Manager, Zoo
@@ -222,20 +220,6 @@ def test_three_tiers(zoo: Zoo, tmp_path: Path) -> None:
     assert data["machine"]["device"] == "emulated"
     assert names(data) == ["forward", "backward", "update"]
     watched.close()
-
-
-@pytest.mark.parametrize("kv_memory", [None, 400 * KIB])
-def test_generating(manage: Manager, kv_memory: int | None) -> None:
-    model = build("llama")
-    plan = BlockPlan(2, 2)
-    run = manage(model, host_bytes=tight_bytes(model, plan, 8) + (kv_memory or 0))
-    run.generate(prompts(), 8, plan=plan, kv_memory=kv_memory)
-    data = check(run, Kind.INFER)
-    assert data["task"] == "generate"
-    assert max(data["step"]["memory"]["host"]["kinds"]["kv"]) > 0
-    assert names(data) == ["forward"]
-    assert data["step"]["bound_s"] > 0
-    assert not any("micro" in line or "state" in line for line in data["verdict"]["advice"])
 
 
 def test_an_evaluation_in_between_is_no_example(zoo: Zoo, manage: Manager) -> None:

@@ -18,6 +18,7 @@ pytest.importorskip("bokeh", reason="the report needs the extra `report`")
 
 from offload.report_charts import MOST_SAMPLES, Charts, history_chart, memory_chart
 from offload.report_html import render, render_comparison
+from offload.report_view import forecast_rows
 from tests.report_data import GIB, HUNDRED_B, SMALL, made
 
 HOSTILE = "</script><script>alert(1)//<img src=x onerror=alert(2)>{{ 7*7 }}"
@@ -137,7 +138,7 @@ def test_a_run_that_knows_little_is_shown() -> None:
     data["step"]["memory"]["host"]["budget_bytes"] = None
     data["budgets"] = {"device": None, "host": None, "disk": None}
     page = _Page(render(data))
-    assert "No step has ended yet." in page.text
+    assert "Nothing is known of the run's other steps." in page.text
     assert "None: all transfers were hidden" in page.text
     assert "no budget was set" in page.text
 
@@ -179,3 +180,12 @@ def test_other_schemas_and_missing_packages_are_refused(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(OffloadError, match=r"jinja2.*pip install 'offload\[report\]'"):
         render(made())
+
+
+def test_what_was_not_foretold_at_all_is_not_called_equal() -> None:
+    data = made()
+    data["forecast"] |= {"stall_s": 0.0, "read_bytes": 0}
+    data["measured"] |= {"stall_s": 0.01, "read_bytes": 0}
+    rows = {row["key"]: (row["change"], row["far"]) for row in forecast_rows(data)}
+    assert rows["stall_s"] == ("more", True)
+    assert rows["read_bytes"] == ("equal", False)

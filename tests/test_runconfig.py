@@ -10,6 +10,7 @@ import pytest
 
 from offload.finetune_cli import effective_config
 from offload.generateconfig import GenerateConfig, build_generate
+from offload.planconfig import PlanConfig
 from offload.runconfig import (
     PRETRAINED_LR,
     RANDOM_INIT_LR,
@@ -118,16 +119,19 @@ def test_absolute_paths_leave_hub_names_alone(
     assert replace(absolute, output="x", model="m") != config
 
 
-@pytest.mark.parametrize("owner", [RunConfig, GenerateConfig])
+@pytest.mark.parametrize("owner", [RunConfig, GenerateConfig, PlanConfig])
 def test_every_key_has_a_flag_and_no_other(owner: type) -> None:
     assert sorted(flags_of(owner).values()) == sorted(key_paths(owner))
 
 
 def test_keys_that_both_commands_have_are_the_same() -> None:
-    ours, theirs = flags_of(RunConfig), flags_of(GenerateConfig)
+    ours, theirs, plans = map(flags_of, (RunConfig, GenerateConfig, PlanConfig))
     shared = ours.keys() & theirs.keys()
     assert {"model", "output", "batch_size", "dtype", "seed", "disk", "host_memory"} <= shared
     assert {k: ours[k] for k in shared} == {k: theirs[k] for k in shared}
+    planned = plans.keys() & (ours.keys() | theirs.keys())
+    assert {"model", "batch_size", "state_dtype", "dtype", "max_new_tokens", "disk"} <= planned
+    assert {k: plans[k] for k in planned} == {k: (ours | theirs)[k] for k in planned}
 
 
 ROWS = {"model": "org/name", "output": "rows.jsonl", "data.prompts": "p.jsonl"}

@@ -15,6 +15,7 @@ from offload.prefetch.variants import (
     less_memory,
     more_memory,
     with_chunks,
+    with_costs,
     with_work,
     without_chunks,
 )
@@ -84,6 +85,12 @@ def test_what_is_narrower_or_absent_moves_less() -> None:
     state = range(2 * LAYERS, 4 * LAYERS)
     assert forecast(with_chunks(now, state, 0.5)).read_bytes < before.read_bytes
     assert forecast(without_chunks(now, range(LAYERS, 2 * LAYERS))).step_s < before.step_s
+    dear = forecast(with_costs(now, state, 1e-3))
+    assert dear.read_bytes == before.read_bytes
+    coded = sum(now.trace.chunk_bytes[n.chunk] for m in now.trace.moments for n in m.needs
+                if n.chunk in state)  # fmt: skip
+    more_s = sum(m.compute_s for m in with_costs(now, state, 1e-3).trace.moments)
+    assert more_s == pytest.approx(sum(m.compute_s for m in now.trace.moments) + 1e-3 * coded)
     twice = with_work(now, 2.0, lambda m: m.phase is Phase.FORWARD)
     assert sum(m.compute_s for m in twice.trace.moments) > sum(
         m.compute_s for m in now.trace.moments
@@ -112,6 +119,13 @@ def test_the_verdict_says_what_binds_and_what_would_help() -> None:
     assert "1.10 x its bound" in judged["text"]
     order = ["step_in_backward", "more host memory", "twice the tokens", 'state_dtype="bf16"']
     assert [next(w for w in order if w in line) for line in judged["advice"]] == order
+
+
+def test_narrower_state_is_not_advised_where_coding_costs_more_than_it_saves() -> None:
+    found = facts(situation(0.4), trains=True, may_narrow=True)
+    assert any("state_dtype" in line for line in verdict(found)["advice"])
+    dear = replace(found.ways, coding_s_per_byte=forecast(situation(0.4)).step_s)
+    assert not any("state_dtype" in line for line in verdict(replace(found, ways=dear))["advice"])
 
 
 def test_no_advice_for_what_cannot_be_had() -> None:
