@@ -111,8 +111,9 @@ class DeviceSpace:
         for group in neighbours(family, chunk_bytes // dtype.itemsize):
             start, stop = starts[group[0]], starts[group[-1]] + numels[group[-1]]
             params = tuple(family.params[i] for i in group)
+            size_bytes = self.pool.memory.held_bytes((stop - start) * dtype.itemsize)
             chunk = Chunk(
-                len(self.chunks), 0, (stop - start) * dtype.itemsize, 0,
+                len(self.chunks), 0, size_bytes, 0,
                 f"device copy of {family.names[group[0]]}...", Backing.FILE,
             )  # fmt: skip
             self.chunks.append(chunk)

@@ -13,9 +13,11 @@ from offload.device import DeviceSpace
 from offload.engine import Engine
 from offload.errors import BudgetError
 from offload.ledger import Ledger, Other
+from offload.outgoing import Outgoing
 from offload.prefetch.plan import Ops
 from offload.prefetch.trace import Access, Need, Phase
 from offload.steps import Kind, Steps
+from offload.tape import Tape
 from offload.tiers.home import Chunk, HomeSpace
 from offload.tiers.spec import format_size
 
@@ -164,6 +166,7 @@ class Device:
     engine: DeviceEngine
     steps: Steps
     trust_versions: bool = False
+    outgoing: Outgoing | None = None  # gradients leave beside the backward pass
 
     def end_pass(self) -> None:
         """User code runs from here."""
@@ -175,6 +178,19 @@ class Device:
         """The update begins: every copy is about to be outdated."""
         self.engine.retire()
         self.steps.end()
+
+    def settle_sent(self, tape: Tape | None) -> None:
+        """Gradients that have been awaited take no device memory any more."""
+        for start_s, end_s, size_bytes in self.outgoing.over() if self.outgoing else ():
+            self.engine.ledger.give_other(size_bytes)
+            if tape is not None:
+                tape.copied("d2h", start_s, size_bytes, end_s)
+
+    def await_sent(self, tape: Tape | None) -> None:
+        """A pass ends: no gradient is on its way any more."""
+        if self.outgoing is not None:
+            self.outgoing.wait_all()
+        self.settle_sent(tape)
 
     def tier_stats(self) -> dict[str, int]:
         """Bytes held on the device."""
@@ -191,9 +207,12 @@ class Device:
         counters, track = self.engine.counters, self.steps.tracks[kind]
         meter = self.engine.frames.lanes["read"].meter
         plan = track.follower.plan if track.follower is not None else None
+        down = self.outgoing.lane.meter if self.outgoing is not None else None
         return {
             "uploaded_bytes": meter.moved_bytes,
             "busy_s": meter.busy_s,
+            "downloaded_bytes": down.moved_bytes if down is not None else 0,
+            "download_busy_s": down.busy_s if down is not None else 0.0,
             "stall_s": counters.stall_s["read"],
             "demand_uploads": counters.demand_loads,
             "planned_uploads": counters.planned_loads,
@@ -202,6 +221,9 @@ class Device:
         }
 
     def close(self) -> None:
-        """Free the frames and stop the lane."""
+        """Free the frames and stop the lanes."""
+        self.await_sent(None)
+        if self.outgoing is not None:
+            self.outgoing.lane.close()
         self.engine.retire()
         self.engine.frames.close()

@@ -17,6 +17,7 @@ from offload.device_hooks import COMPILED, compiled
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
 from offload.ledger import Ledger
+from offload.outgoing import Outgoing
 from offload.prefetch.plan import Plan
 from offload.prefetch.planner import DoesNotFit, plan
 from offload.prefetch.trace import Trace
@@ -133,13 +134,15 @@ def build_device(
             "host", "host_memory",
         )  # fmt: skip
     arena = DeviceArena(memory, poison=tuning.poison)
-    space = DeviceSpace(arena, _lane(tuning), copier, host)
+    space = DeviceSpace(arena, _lane("h2d", tuning), copier, host)
     chunk_bytes = tuning.device_chunk_bytes or _chunk_bytes(budget_bytes)
     add_families(space, binding, place.dtype, chunk_bytes)
     engine = DeviceEngine(space, Ledger(budget_bytes, arena, _buffer_bytes(model)))
     planner = _planner(engine, tuning) if tuning.prefetch else None
     steps = Steps(engine, planner, may_fit=False, tapes=tuning.tapes)
-    return Device(place.device, place.dtype, engine, steps, tuning.trust_versions)
+    # Where the device's memory is the host's, a cast on the spot is as good as a copy.
+    outgoing = Outgoing(copier, _lane("d2h", tuning)) if place.own_memory else None
+    return Device(place.device, place.dtype, engine, steps, tuning.trust_versions, outgoing)
 
 
 def _accelerator(device: torch.device) -> torch.device:
@@ -154,10 +157,10 @@ def _accelerator(device: torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _lane(tuning: Tuning) -> Lane:
+def _lane(name: str, tuning: Tuning) -> Lane:
     if tuning.adversary is not None:
-        return AdversarialLane(tuning.adversary + 2)
-    return ThreadLane("h2d", 1)  # one stream, one direction: a second worker would only queue
+        return AdversarialLane(tuning.adversary + 2 + (name == "d2h"))
+    return ThreadLane(name, 1)  # one stream, one direction: a second worker would only queue
 
 
 def _planner(engine: DeviceEngine, tuning: Tuning) -> Callable[[Trace], Plan]:
