@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, cast
@@ -32,6 +33,7 @@ class DeviceEngine(Engine):
         self.given_back: deque[int] = deque()  # bytes of activations; any thread may append
         self._owed: set[int] = set()  # wanted by the plan, given up at the end of a pass
         self._put_off: set[int] = set()  # planned drops of chunks that tensors still refer to
+        self._largest_result = 0  # bytes of an operation's result in a watched forward pass
 
     def need(self, phase: Phase, needs: tuple[Need, ...]) -> None:
         self.frames.phase = phase
@@ -41,6 +43,34 @@ class DeviceEngine(Engine):
         if self._owed:
             self._queue_again()
         super().need(phase, needs)
+        if phase.in_backward and self.follower is None and self.recorder is not None:
+            held = sum(self.frames.chunks[n.chunk].size_bytes for n in needs)
+            most = self.ledger.capacity_bytes - held
+            passing = self.ledger.other_bytes + self._passing_bytes
+            self.recorder.see_other(max(min(passing, most), self.ledger.other_bytes))
+
+    def await_compute(self) -> None:
+        self.frames.pool.memory.wait()
+
+    def foresee(self, size_bytes: int, what: str) -> None:
+        """A watched forward pass is about to make this. Raises BudgetError."""
+        self._largest_result = max(self._largest_result, size_bytes)
+        self.pass_through(size_bytes, what)
+
+    @property
+    def _passing_bytes(self) -> int:
+        """What a backward operation may hold beside what was saved: nobody can look into it.
+
+        The gradient of the largest result and one more of its size, as a loss over a vocabulary
+        does. Room is kept where it can be had.
+        """
+        return 2 * self._largest_result
+
+    def _coming_bytes(self) -> int:
+        coming = super()._coming_bytes()
+        if self.follower is None and self.phase.in_backward:
+            return max(coming, self._passing_bytes)
+        return coming
 
     def serve(self, phase: Phase, param: nn.Parameter) -> Tensor:
         """A view of a parameter's present value, brought here if need be."""
@@ -167,6 +197,7 @@ class Device:
     steps: Steps
     trust_versions: bool = False
     outgoing: Outgoing | None = None  # gradients leave beside the backward pass
+    aside_bytes: int = 0  # of the budget, for what the account does not know
 
     def end_pass(self) -> None:
         """User code runs from here."""
@@ -178,6 +209,21 @@ class Device:
         """The update begins: every copy is about to be outdated."""
         self.engine.retire()
         self.steps.end()
+        self._set_aside_excess()
+
+    def _set_aside_excess(self) -> None:
+        """What a watched step took beyond the budget is kept free from now on, and that is said."""
+        ledger, watch = self.engine.ledger, self.steps.watch
+        over = watch.excess_bytes - self.aside_bytes - (ledger.budget_bytes - ledger.peak_bytes)
+        if self.place.type != "cuda" or over <= 0:
+            return
+        self.aside_bytes += over
+        ledger.fixed_bytes += over
+        print(
+            f"offload: a watched step took {format_size(over)} more of {self.place} than "
+            "device_memory, in operations that nobody can look into; so much is kept free from now",
+            file=sys.stderr,
+        )
 
     def settle_sent(self, tape: Tape | None) -> None:
         """Gradients that have been awaited take no device memory any more."""

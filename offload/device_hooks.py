@@ -180,7 +180,7 @@ class DeviceHooks:
 
     def _foresee(self, size_bytes: int, operation: str) -> None:
         with self._locked():
-            self._device.engine.pass_through(size_bytes, f"the result of {operation}")
+            self._device.engine.foresee(size_bytes, f"the result of {operation}")
 
     # -- weights ----------------------------------------------------------------------------
 
