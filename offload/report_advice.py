@@ -31,10 +31,11 @@ class Facts:
 
     step_s: float | None
     forecast: Forecast | None
-    link_bound_s: float | None  # of the copies to a device
+    link_bound_s: float | None  # of a device's part of the step: copies to it, and computing
     stalls_s: dict[str, float]  # by cause, of the recorded step
     now: Situation | None
     ways: Ways
+    link_binds: bool = False  # the copies make most of that
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def ways_of(kind_trains: bool, early: bool, clips: bool, narrow: bool, tables: T
 def _binding(facts: Facts) -> tuple[str, float | None]:
     """What binds, and the bound."""
     if facts.forecast is None:  # without a disk only the copies to a device are planned
-        return ("compute" if facts.link_bound_s is None else "link"), facts.link_bound_s
+        return ("link" if facts.link_binds else "compute"), facts.link_bound_s
     bound_s, binding = facts.forecast.bound_s, facts.forecast.binding
     if facts.link_bound_s is not None and facts.link_bound_s > bound_s:
         return "link", facts.link_bound_s

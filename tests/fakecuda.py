@@ -156,6 +156,7 @@ class Copier(CudaCopier):
     @property
     def fake_up(self) -> Stream:
         stream: Any = self._up
+        assert isinstance(stream, Stream)
         return stream
 
 

@@ -129,4 +129,5 @@ def test_a_pass_on_another_stream_waits_for_the_last(fake: fakecuda.Device) -> N
         memory.follow()
     assert other.clock[id(fake.compute)] == fake.compute.clock[id(fake.compute)]
     memory.retire(address)
-    assert memory.vacant(address).seen[id(other)] > 0
+    event: Any = memory.vacant(address)
+    assert event.seen[id(other)] > 0

@@ -95,11 +95,14 @@ def test_a_failure_stops_neither_the_next_task_nor_the_next_part(check: Check) -
     assert check.found["p2"]["next"]["status"] == "done"
 
 
-def test_what_was_found_before_a_cut_is_kept_and_the_rest_resumed(check: Check) -> None:
+def test_what_was_found_before_a_cut_is_kept_and_the_rest_resumed(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check.runner, "LEAST_S", 1.0)
     child = "import subprocess, sys, time\nsubprocess.Popen(['sleep', '60'])\n"
     check.part(
         ("quick", ROW % 1), ("slow", f"{child}{ROW % 2}\ntime.sleep(60)"), ("after", ROW % 3),
-        limit_s=8.0,
+        limit_s=4.0,
     )  # fmt: skip
     assert check() == 1
     slow = check.found["p1"]["slow"]

@@ -5,6 +5,7 @@ Needs no torch. A task prints rows as it goes, so what it had found when it was 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -153,11 +154,10 @@ def _read_rows(process: Any, ends_s: float, rows: list[Row], log: Any) -> bool:
 
 def _end(process: Any) -> None:
     """End a process with all that it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and left nothing behind
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
     process.wait()
+    process.stdout.close()
 
 
 def _last_error(log: Path, code: int) -> str:
