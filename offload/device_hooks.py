@@ -216,10 +216,12 @@ class DeviceHooks:
 
     # -- backward ---------------------------------------------------------------------------
 
-    def _enter_backward(self) -> None:
+    def _enter_backward(self, *, computes: bool = True) -> None:
         """The first event of a backward pass: have autograd tell us when it ends."""
         if self._pass.backward or not backward_runs():
             return
+        if computes:
+            self._device.engine.frames.pool.memory.follow()
         self._device.end_pass()
         self._pass.backward = True
         # As FSDP2 and DDP do: the only way to learn that a pass is over.
@@ -270,7 +272,7 @@ class DeviceHooks:
             if self._device.outgoing is not None:
                 self._device.outgoing.wait(home.param)  # not under the lock: others go on
             with self._lock:
-                self._enter_backward()
+                self._enter_backward(computes=False)  # on CUDA this is the caller's thread
                 self._grads.before(home, grad)
 
         def after(param: Tensor) -> None:

@@ -190,7 +190,7 @@ def _step(
     if step is None:
         return None
     bound_s = forecast.bound_s if forecast is not None else None
-    if binding == "link":
+    if forecast is None or binding == "link":
         bound_s = link_bound_s
     return {
         "bound_s": bound_s,

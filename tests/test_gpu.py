@@ -78,7 +78,7 @@ def wrap(
         "chunk_bytes": 16384, "device_chunk_bytes": 24 * 1024, "machine": MACHINE, "poison": True,
     }  # fmt: skip
     options: dict[str, Any] = {"device_memory": "2MiB", "host_memory": "80MiB"}  # staging is 48
-    for name in ("compute_dtype", "device_memory"):
+    for name in ("compute_dtype", "device_memory", "host_memory"):
         if name in changes:
             options[name] = changes.pop(name)
     offload.wrap(
@@ -209,6 +209,7 @@ def test_gradients_leave_beside_the_backward_pass(zoo: Any, tmp_path: Path) -> N
     offload.runtime(model).close()
 
 
+@pytest.mark.filterwarnings("ignore")  # the graph stays empty, which torch says
 def test_a_cuda_graph_is_refused(tmp_path: Path) -> None:
     model = nn.Linear(64, 64)
     wrap(model, None, tmp_path)
@@ -232,21 +233,36 @@ def test_compile_is_refused(tmp_path: Path) -> None:
     offload.runtime(model).close()
 
 
+def workspace_bytes(width: int) -> int:
+    """What cuBLAS takes for products of this width beside what it is given."""
+    layer, x = nn.Linear(width, width).cuda(), torch.ones(64, width, device="cuda")
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        layer.zero_grad()
+        layer(x).square().mean().backward()
+    taken = torch.cuda.max_memory_allocated() - before
+    return max(taken - 4 * width * width, 0)  # the gradient of the weight is none of it
+
+
 def test_peak_is_within_device_memory(zoo: Any, tmp_path: Path) -> None:
-    """Weights of 24 MiB in 16 MiB of device memory, activations included."""
+    """Weights of 384 MiB in 160 MiB of device memory, activations included."""
+    width, budget = 2048, 160 * MIB
+    beside = workspace_bytes(width)
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(24)))
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(24)))
     optimizer = adamw(model)
-    torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")  # cuBLAS takes its workspace
-    torch.cuda.synchronize()
-    base = torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    wrap(model, optimizer, tmp_path, device_memory="16MiB", device_chunk_bytes=MIB)
-    for _ in range(4):
-        model(torch.ones(64, 512)).square().mean().backward()
+    base = torch.cuda.memory_allocated()
+    wrap(model, optimizer, tmp_path, device_memory=budget, device_chunk_bytes=16 * MIB,
+         chunk_bytes=8 * MIB, host_memory="3GiB")  # fmt: skip
+    for _ in range(6):
+        model(torch.ones(64, width)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert torch.cuda.max_memory_allocated() - base <= 16 * MIB
+    assert torch.cuda.max_memory_allocated() - base <= budget + beside
     offload.runtime(model).close()
 
 

@@ -39,10 +39,13 @@ def main() -> None:
     if args.way.endswith("checkpointing"):
         checkpointed(model)
     if args.way.startswith("ours"):
-        where = placed(args, cap) | ({"host_memory": "64MiB"} if args.emulated else {})
         activations = "auto" if args.way == "ours-auto" else "keep"
         offload.wrap(
-            model, optimizer, compute_dtype=torch.bfloat16, activations=activations, **where
+            model,
+            optimizer,
+            compute_dtype=torch.bfloat16,
+            activations=activations,
+            **placed(args, cap),
         )
     else:
         model, ids = model.to(place), ids.to(place)

@@ -21,6 +21,7 @@ GB = 10**9
 PATTERN = 1 << 20  # elements that weights repeat: random numbers for billions take minutes
 KEPT_FREE = 0.06  # of a cap, for what torch's allocator cannot use and kernels take for a moment
 WARM_STEPS, STEPS = 5, 5  # recorded; replayed while moments are timed; then counted
+HOST_GIVEN = 0.88  # of the host's memory, as the budget
 HOST_SHARE = 0.75  # of the host's memory, for a model with its gradients and state
 
 
@@ -70,7 +71,7 @@ def shape_of(args: argparse.Namespace) -> Shape:
         return TINY
     if args.shape != "largest":
         return SHAPES[args.shape]
-    room = HOST_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 16
+    room = HOST_SHARE * host_bytes() / 16
     one, two = (replace(LAYER_OF_LARGEST, layers=n).parameters for n in (1, 2))
     return replace(LAYER_OF_LARGEST, layers=max(int((room - one) / (two - one)) + 1, 1))
 
@@ -134,13 +135,18 @@ def _needed_bytes(args: argparse.Namespace) -> int:
 
 
 def placed(args: argparse.Namespace, cap: int | None) -> dict[str, Any]:
-    """``wrap``'s words for the device under a cap."""
-    where: dict[str, Any] = {"device": "emulated" if args.emulated else "cuda"}
+    """``wrap``'s words for the budgets. The host's: what is free is less while a model is there."""
+    if args.emulated:
+        return {"device": "emulated", "device_memory": cap or "64MiB", "host_memory": "64MiB"}
+    where: dict[str, Any] = {"device": "cuda", "host_memory": int(HOST_GIVEN * host_bytes())}
     if cap is not None:
-        where["device_memory"] = cap if args.emulated else int(cap * (1 - KEPT_FREE))
-    elif args.emulated:
-        where["device_memory"] = "64MiB"
+        where["device_memory"] = int(cap * (1 - KEPT_FREE))
     return where
+
+
+def host_bytes() -> int:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def tokens_of(args: argparse.Namespace, vocabulary: int) -> torch.Tensor:

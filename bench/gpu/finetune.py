@@ -30,6 +30,7 @@ from gpu.common import (
 from gpu.runner import line
 
 import offload
+from offload.config import Tuning
 
 PEERS = ("deepspeed", "fsdp2", "torchao")
 Step = Callable[[], Any]
@@ -43,9 +44,9 @@ def ours(args: argparse.Namespace, cap: int | None, held: list[Any], disk: str |
     where = placed(args, cap)
     if disk is not None:
         where |= {"disk": disk, "host_memory": 10 * shape.parameters + (64 << 20)}
-    elif args.emulated:
-        where["host_memory"] = "64MiB"
-    offload.wrap(model, optimizer, compute_dtype=torch.bfloat16, **where)
+    # Kept: copies of weights outlive passes, as users may ask for where they fit.
+    tuning = Tuning(trust_versions=args.way == "ours-kept")
+    offload.wrap(model, optimizer, compute_dtype=torch.bfloat16, tuning=tuning, **where)
     held.append(offload.runtime(model))
     return stepper(model, optimizer, tokens_of(args, shape.vocabulary))
 
@@ -80,7 +81,7 @@ def stepper(model: Any, optimizer: Any, ids: torch.Tensor) -> Step:
 
 
 def main() -> None:
-    args = arguments("plain", "ours", "ours-again", "ours-disk", *PEERS)
+    args = arguments("plain", "ours", "ours-again", "ours-kept", "ours-disk", *PEERS)
     cap = cap_bytes(args)
     held: list[Any] = []
     with tempfile.TemporaryDirectory(dir=args.out) as folder:

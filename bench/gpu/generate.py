@@ -7,7 +7,6 @@ holds beside nothing else; figures are of the layers that there are, which every
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from gpu.common import (
     arguments,
     cap_bytes,
     fill,
+    host_bytes,
     peaks,
     placed,
     plain_stats,
@@ -44,7 +44,7 @@ def opt(args: argparse.Namespace, layers: int) -> Any:
     if args.emulated:
         hidden, inner, heads, vocabulary, layers = 128, 256, 2, 192, 3
     layer_bytes = 2 * (4 * hidden**2 + 2 * hidden * inner)
-    room = HOST_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = HOST_SHARE * host_bytes()
     layers = min(layers, int(room // layer_bytes))
     config = OPTConfig(
         vocab_size=vocabulary, hidden_size=hidden, ffn_dim=inner, num_hidden_layers=layers,
@@ -120,9 +120,8 @@ def many_rows(args: argparse.Namespace, model: Any, rows: int, prompt: int,
 
 def wrapped(args: argparse.Namespace, cap: int | None, layers: int, **how: Any) -> Any:
     """The model over host and device."""
-    where = placed(args, cap) | ({"host_memory": "64MiB"} if args.emulated else {})
     model = opt(args, layers)
-    offload.wrap(model, **where, **how)
+    offload.wrap(model, **placed(args, cap), **how)
     return model
 
 
@@ -131,7 +130,6 @@ def kv_beyond(args: argparse.Namespace, cap: int | None) -> dict[str, Any]:
     rows, prompt = (2, 16) if args.emulated else (64, 1024)
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         where = placed(args, cap) | {"disk": folder}
-        where["host_memory"] = "64MiB" if args.emulated else "64GiB"
         model = opt(args, 12)
         offload.wrap(model, **where)
         found = many_rows(args, model, rows, prompt, "8MiB" if args.emulated else "8GiB")

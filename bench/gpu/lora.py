@@ -46,8 +46,7 @@ def main() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     if args.way == "ours":
-        where = placed(args, cap) | ({"host_memory": "64MiB"} if args.emulated else {})
-        offload.wrap(model, optimizer, compute_dtype=torch.bfloat16, **where)
+        offload.wrap(model, optimizer, compute_dtype=torch.bfloat16, **placed(args, cap))
 
     def step() -> Any:
         loss = model(input_ids=ids, labels=ids).loss

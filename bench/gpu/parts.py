@@ -59,7 +59,7 @@ class Catalogue:
                 self.task("mechanism", "mechanism.py", cuda=True),
             ]),
             ("fits", "wrapped and everything fits; a quarter of what the unwrapped run needs", [
-                *self.trained("1.3b", "none", "4096", "plain", "ours"),
+                *self.trained("1.3b", "none", "4096", "plain", "ours", "ours-kept"),
                 *self.trained("1.3b", "quarter", "4096", "ours", "deepspeed", "fsdp2"),
             ]),
             ("8gb", "1.3 B in 8 GB, beside peers",
