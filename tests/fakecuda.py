@@ -152,6 +152,7 @@ class Copier(CudaCopier):
         made: Any = mark.arrived
         stream: Any = self._down
         self.fake.check(stream, made, "a gradient left too early")
+        self.fake.check(HOST, (stream, stream.clock[id(stream)]), "the host read too early")
 
     @property
     def fake_up(self) -> Stream:

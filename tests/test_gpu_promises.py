@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 import offload
 from offload.config import Tuning
+from offload.outgoing import Outgoing, Reads
 from offload.steps import Kind
 from offload.tiers.arena import DeviceArena, PageMemory
+from offload.tiers.copy import PlainCopier
+from offload.tiers.lane import ThreadLane
 from offload.tiers.spec import MIB, Machine
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -191,6 +194,39 @@ def test_p3_hooks_of_the_users_see_gradients_that_are_there(start: Any) -> None:
     assert found == norms(device_memory="4MiB")
 
 
+def test_only_gradients_that_nobody_reads_earlier_leave_late() -> None:
+    lane = ThreadLane("d2h", 1)
+    outgoing, reads = Outgoing(PlainCopier(), lane), Reads()
+    param, grad = nn.Parameter(torch.zeros(4, 4)), torch.ones(4, 4)
+
+    def may(grad: Tensor = grad) -> bool:
+        return outgoing.may_send(param, grad, reads)
+
+    with torch.no_grad():
+        once = reads.note(param, again=False)
+        rerun = reads.note(param, again=True)
+        assert may()
+        twice = reads.note(param, again=False)
+        assert not may(), "autograd adds up the gradients of two uses"
+        del twice
+        assert may()
+        assert not may(torch.ones(4, 8)[:, ::2])
+        handle = param.register_hook(lambda grad: None)
+        assert not may(), "a hook of the user's sees it first"
+        handle.remove()
+        with torch.enable_grad():
+            assert not may(), "it has gradients itself"
+        with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
+            assert not may(), "all gradients are looked at"
+        there = outgoing.send(param, grad)
+        assert not may(), "another one is on its way"
+        outgoing.wait(param)
+        assert torch.equal(there, grad)
+        assert may()
+    del once, rerun
+    lane.close()
+
+
 def test_p3_an_exception_in_mid_step_leaves_everything_usable(start: Any) -> None:
     plain, hit = start(), start()
     plain.steps(4)
@@ -204,6 +240,8 @@ def test_p3_an_exception_in_mid_step_leaves_everything_usable(start: Any) -> Non
         hit.loss(2).backward()
     handle.remove()
     hit.optimizer.zero_grad()
+    hit.loss(9)
+    assert hit.device.outgoing.sent_bytes == 0
     hit.steps(2, first=2)
     assert same(plain.weights(), hit.weights())
     assert hit.device.engine.ledger.other_bytes == 0
