@@ -25,7 +25,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> fakecuda.Device:
     return fakecuda.install(monkeypatch)
 
 
-def train(zoo: Any, name: str, folder: Path, steps: int = 5, **how: Any) -> Any:
+def train(zoo: Any, name: str, folder: Path, steps: int = 4, **how: Any) -> Any:
     model = zoo.build(name)
     watched = Watched(
         model, folder, optimizer=adamw(model), memory="420KiB", host=HOST,
@@ -41,7 +41,7 @@ def test_no_access_is_left_to_chance(
     prefetch: bool, fake: fakecuda.Device, zoo: Any, tmp_path: Path
 ) -> None:
     plain = zoo.build("llama-tied")
-    reference = zoo.train("llama-tied", plain, adamw(plain), steps=5)
+    reference = zoo.train("llama-tied", plain, adamw(plain), steps=4)
     assert zoo.same(train(zoo, "llama-tied", tmp_path, prefetch=prefetch), reference)
     assert len(fake.written) > 3
     assert fake.races == []

@@ -85,24 +85,25 @@ def test_what_is_finished_is_not_run_again(
 
 
 def test_a_failure_stops_neither_the_next_task_nor_the_next_part(check: Check) -> None:
-    check.part(("bad", f"{ROW % 1}\nraise ValueError('on purpose')"), ("good", ROW % 2))
+    why = f"on purpose in {check.folder / 'out' / 'there'}"
+    check.part(("bad", f"{ROW % 1}\nraise ValueError({why!r})"), ("good", ROW % 2))
     check.part(("next", ROW % 3))
     assert check() == 1
     assert check.ran == ["bad", "good", "next"]
     bad = check.found["p1"]["bad"]
     assert (bad["status"], bad["rows"]) == ("failed", [{"n": 1}])
-    assert "ValueError: on purpose" in bad["why"]
+    assert bad["why"] == "ValueError: on purpose in OUT/there"
     assert check.found["p2"]["next"]["status"] == "done"
 
 
 def test_what_was_found_before_a_cut_is_kept_and_the_rest_resumed(
     check: Check, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check.runner, "LEAST_S", 1.0)
+    monkeypatch.setattr(check.runner, "LEAST_S", 0.5)
     child = "import subprocess, sys, time\nsubprocess.Popen(['sleep', '60'])\n"
     check.part(
         ("quick", ROW % 1), ("slow", f"{child}{ROW % 2}\ntime.sleep(60)"), ("after", ROW % 3),
-        limit_s=4.0,
+        limit_s=2.5,
     )  # fmt: skip
     assert check() == 1
     slow = check.found["p1"]["slow"]

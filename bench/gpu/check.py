@@ -73,7 +73,10 @@ def write(parts: list[Part], state: State, results: Path, device: dict[str, obje
         for part in parts
     }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"device": device, "machine": machine(), "parts": found}, indent=1))
+    told = json.dumps({"device": device, "machine": machine(), "parts": found}, indent=1)
+    for path, name in ((state.folder, "OUT"), (ROOT, "REPO"), (sys.prefix, "PYTHON")):
+        told = told.replace(str(path), name)  # errors name files of this machine
+    file.write_text(told)
     return file
 
 

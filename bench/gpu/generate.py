@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from gpu.common import (
     arguments,
+    bare,
     cap_bytes,
     fill,
     host_bytes,
@@ -38,7 +39,6 @@ NEW, PROMPT = 16, 32
 def opt(args: argparse.Namespace, layers: int) -> Any:
     """OPT with OPT-30B's dimensions, bf16; tiny where emulated."""
     from transformers import OPTConfig, OPTForCausalLM
-    from transformers.initialization import no_init_weights
 
     hidden, inner, heads, vocabulary = (7168, 28672, 56, 50272)
     if args.emulated:
@@ -51,14 +51,7 @@ def opt(args: argparse.Namespace, layers: int) -> Any:
         num_attention_heads=heads, word_embed_proj_dim=hidden, max_position_embeddings=2048,
         eos_token_id=None, pad_token_id=1, bos_token_id=None,
     )  # fmt: skip
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with no_init_weights():
-            model = OPTForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    return fill(model).eval()
+    return fill(bare(lambda: OPTForCausalLM(config), torch.bfloat16)).eval()
 
 
 def weight_bytes(model: nn.Module) -> int:
