@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from offload.blockcaches import Provision
 from offload.calls import Call
 from offload.cohort import Cohort, Dialect
 from offload.ending import Ending
+from offload.engine import Engine
 from offload.errors import OffloadError
 from offload.hooks import Hooks
 from offload.ledger import Other
@@ -223,22 +224,34 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _reserved(parts: Parts, provision: Provision) -> Iterator[None]:
     """Memory for keys, values and activations, taken once, so that plans can count on the rest."""
-    engine, steps = parts.engine, parts.steps
     what = "the block of rows to generate (keys, values, activations)"
-    engine.make_room_for(provision.reserved_bytes, what)
-    shares = {Other.KV: provision.kv_bytes}
-    shares[Other.ACTIVATIONS] = provision.reserved_bytes - provision.kv_bytes
-    for kind, size_bytes in shares.items():
-        engine.take_other(size_bytes, what, kind)
-    steps.forget(Kind.INFER)  # planned with other room
-    steps.constant_bytes = provision.reserved_bytes
-    try:
+    levels = [(parts.engine, parts.steps)]
+    if parts.device is not None:
+        levels.append((parts.device.engine, parts.device.steps))
+    with ExitStack() as undo:
+        for engine, steps in levels:
+            shares = _shares(parts, provision, engine)
+            engine.make_room_for(sum(shares.values()), what)
+            for kind, size_bytes in shares.items():
+                engine.take_other(size_bytes, what, kind)
+                undo.callback(engine.ledger.give_other, size_bytes, kind)
+            steps.forget(Kind.INFER)  # planned with other room
+            undo.callback(steps.forget, Kind.INFER)
+            steps.constant_bytes = sum(shares.values())
+            undo.callback(setattr, steps, "constant_bytes", 0)
         yield
-    finally:
-        steps.constant_bytes = 0
-        for kind, size_bytes in shares.items():
-            engine.ledger.give_other(size_bytes, kind)
-        steps.forget(Kind.INFER)
+
+
+def _shares(parts: Parts, provision: Provision, engine: Engine) -> dict[Other, int]:
+    """What one tier holds of the block: keys and values in tiers are the host's."""
+    tiered = provision.caches.cost.kv
+    if parts.device is None or tiered is None:
+        kv_bytes, rest = provision.kv_bytes, provision.reserved_bytes - provision.kv_bytes
+        mine = engine is parts.computing
+        return {Other.KV: kv_bytes * mine, Other.ACTIVATIONS: rest * mine}
+    if engine is parts.engine:
+        return {Other.KV: tiered.memory_bytes}
+    return {Other.ACTIVATIONS: provision.reserved_bytes - tiered.memory_bytes}
 
 
 def _bound_s(parts: Parts) -> float | None:

@@ -128,14 +128,14 @@ def _too_large(
 
 def caches_for(model: nn.Module, parts: Parts, given: Given, asked: KVAsked) -> Caches:
     """Raises OffloadError for models out of whose caches rows cannot be taken."""
-    return TieredCaches(model, parts, given, asked) if asked.in_tiers else PlainCaches(model)
+    return TieredCaches(model, parts, given, asked) if asked.in_tiers else PlainCaches(model, parts)
 
 
 class PlainCaches:
-    """Whole in memory; see offload/roomcache.py."""
+    """Whole in memory, where the model computes; see offload/roomcache.py."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.cost = block_cost(model)
+    def __init__(self, model: nn.Module, parts: Parts) -> None:
+        self.cost = block_cost(model, parts.device.dtype if parts.device is not None else None)
         self.new = dynamic_caches(model)
 
     @contextmanager
@@ -215,7 +215,7 @@ class TieredCaches:
 
 
 def _room_bytes(model: nn.Module, parts: Parts) -> int:
-    return parts.engine.ledger.capacity_bytes - largest_unit_bytes(model)
+    return parts.computing.ledger.capacity_bytes - largest_unit_bytes(model)
 
 
 def _cost(model: nn.Module, memory_bytes: int, least_tokens: int) -> BlockCost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from offload.hooks import Hooks
@@ -14,15 +15,17 @@ INNER = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim")
 LOGITS_COPIES = 4  # float32 scores, sorted, their order and their shares
 
 
-def block_cost(model: nn.Module) -> BlockCost:
+def block_cost(model: nn.Module, computed: torch.dtype | None = None) -> BlockCost:
     """Bytes by token and row. A configuration that does not say takes the usual shape.
 
     In an encoder-decoder keys and values of the prompt are those of the cross-attention.
+    ``computed``: what it computes in; None: in the type of its weights.
     """
     config: Any = model.config
     text = config.get_text_config(decoder=True)
     width = int(text.hidden_size)
-    size_bytes = next(p.element_size() for p in model.parameters() if p.is_floating_point())
+    kept = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    size_bytes = (computed or kept).itemsize
     heads = int(getattr(text, "num_attention_heads", 0) or 1)
     kv_heads = int(getattr(text, "num_key_value_heads", 0) or heads)
     head_width = int(getattr(text, "head_dim", 0) or width // heads)

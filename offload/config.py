@@ -91,4 +91,7 @@ def with_activations(given: Given, setting: str) -> Given:
         )
     if setting == "swap" and given.disk is None:
         raise OffloadError('activations="swap" needs a disk=... folder to swap to')
+    if given.place is not None and setting == "auto":
+        line = 'activations="auto" keeps all of them where weights are computed with in frames'
+        return replace(given, activations=setting, chosen=(*given.chosen, line))
     return replace(given, activations=setting)

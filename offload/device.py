@@ -33,6 +33,7 @@ from offload.tiers.checksum import checksum_of
 from offload.tiers.copy import Copier, LendingHomes, Mark, Upload
 from offload.tiers.home import Backing, Chunk, HomeSpace, Region
 from offload.tiers.lane import Lane, Ticket
+from offload.tiers.spec import format_size
 
 _LAYER = re.compile(r"(?:.*?\.)?\d+\.")  # "model.layers.3." of "model.layers.3.mlp.up.weight"
 
@@ -111,8 +112,9 @@ class DeviceSpace:
         for group in neighbours(family, chunk_bytes // dtype.itemsize):
             start, stop = starts[group[0]], starts[group[-1]] + numels[group[-1]]
             params = tuple(family.params[i] for i in group)
+            size_bytes = self.pool.memory.held_bytes((stop - start) * dtype.itemsize)
             chunk = Chunk(
-                len(self.chunks), 0, (stop - start) * dtype.itemsize, 0,
+                len(self.chunks), 0, size_bytes, 0,
                 f"device copy of {family.names[group[0]]}...", Backing.FILE,
             )  # fmt: skip
             self.chunks.append(chunk)
@@ -132,7 +134,15 @@ class DeviceSpace:
     def start_load(self, chunk: Chunk) -> None:
         """Begin to copy a chunk from its homes, having them fetched from disk first."""
         source = self._sources[chunk.id]
-        frame = self.pool.take(chunk.size_bytes)
+        try:
+            frame = self.pool.take(chunk.size_bytes)
+        except MemoryError as error:
+            raise OffloadError(
+                f"device_memory has room for the {chunk.label}, but torch's allocator has no "
+                f"{format_size(chunk.size_bytes)}: others hold the device's memory, or it is in "
+                "pieces. Give less device_memory, or set PYTORCH_ALLOC_CONF="
+                f"expandable_segments:True. ({error})"
+            ) from error
         self.pool.assign(frame, chunk.id)
         upload = Upload(Mark(self.pool.memory.vacant(frame.address)))
         dtype = self.slots[source.params[0]].dtype

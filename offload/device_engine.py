@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, cast
@@ -13,9 +14,11 @@ from offload.device import DeviceSpace
 from offload.engine import Engine
 from offload.errors import BudgetError
 from offload.ledger import Ledger, Other
+from offload.outgoing import Outgoing
 from offload.prefetch.plan import Ops
 from offload.prefetch.trace import Access, Need, Phase
 from offload.steps import Kind, Steps
+from offload.tape import Tape
 from offload.tiers.home import Chunk, HomeSpace
 from offload.tiers.spec import format_size
 
@@ -30,6 +33,7 @@ class DeviceEngine(Engine):
         self.given_back: deque[int] = deque()  # bytes of activations; any thread may append
         self._owed: set[int] = set()  # wanted by the plan, given up at the end of a pass
         self._put_off: set[int] = set()  # planned drops of chunks that tensors still refer to
+        self._largest_result = 0  # bytes of an operation's result in a watched forward pass
 
     def need(self, phase: Phase, needs: tuple[Need, ...]) -> None:
         self.frames.phase = phase
@@ -39,6 +43,34 @@ class DeviceEngine(Engine):
         if self._owed:
             self._queue_again()
         super().need(phase, needs)
+        if phase.in_backward and self.follower is None and self.recorder is not None:
+            held = sum(self.frames.chunks[n.chunk].size_bytes for n in needs)
+            most = self.ledger.capacity_bytes - held
+            passing = self.ledger.other_bytes + self._passing_bytes
+            self.recorder.see_other(max(min(passing, most), self.ledger.other_bytes))
+
+    def await_compute(self) -> None:
+        self.frames.pool.memory.wait()
+
+    def foresee(self, size_bytes: int, what: str) -> None:
+        """A watched forward pass is about to make this. Raises BudgetError."""
+        self._largest_result = max(self._largest_result, size_bytes)
+        self.pass_through(size_bytes, what)
+
+    @property
+    def _passing_bytes(self) -> int:
+        """What a backward operation may hold beside what was saved: nobody can look into it.
+
+        The gradient of the largest result and one more of its size, as a loss over a vocabulary
+        does. Room is kept where it can be had.
+        """
+        return 2 * self._largest_result
+
+    def _coming_bytes(self) -> int:
+        coming = super()._coming_bytes()
+        if self.follower is None and self.phase.in_backward:
+            return max(coming, self._passing_bytes)
+        return coming
 
     def serve(self, phase: Phase, param: nn.Parameter) -> Tensor:
         """A view of a parameter's present value, brought here if need be."""
@@ -164,6 +196,8 @@ class Device:
     engine: DeviceEngine
     steps: Steps
     trust_versions: bool = False
+    outgoing: Outgoing | None = None  # gradients leave beside the backward pass
+    aside_bytes: int = 0  # of the budget, for what the account does not know
 
     def end_pass(self) -> None:
         """User code runs from here."""
@@ -175,6 +209,34 @@ class Device:
         """The update begins: every copy is about to be outdated."""
         self.engine.retire()
         self.steps.end()
+        self._set_aside_excess()
+
+    def _set_aside_excess(self) -> None:
+        """What a watched step took beyond the budget is kept free from now on, and that is said."""
+        ledger, watch = self.engine.ledger, self.steps.watch
+        over = watch.excess_bytes - self.aside_bytes - (ledger.budget_bytes - ledger.peak_bytes)
+        if self.place.type != "cuda" or over <= 0:
+            return
+        self.aside_bytes += over
+        ledger.fixed_bytes += over
+        print(
+            f"offload: a watched step took {format_size(over)} more of {self.place} than "
+            "device_memory, in operations that nobody can look into; so much is kept free from now",
+            file=sys.stderr,
+        )
+
+    def settle_sent(self, tape: Tape | None) -> None:
+        """Gradients that have been awaited take no device memory any more."""
+        for start_s, end_s, size_bytes in self.outgoing.over() if self.outgoing else ():
+            self.engine.ledger.give_other(size_bytes)
+            if tape is not None:
+                tape.copied("d2h", start_s, size_bytes, end_s)
+
+    def await_sent(self, tape: Tape | None) -> None:
+        """A pass ends: no gradient is on its way any more."""
+        if self.outgoing is not None:
+            self.outgoing.wait_all()
+        self.settle_sent(tape)
 
     def tier_stats(self) -> dict[str, int]:
         """Bytes held on the device."""
@@ -191,9 +253,12 @@ class Device:
         counters, track = self.engine.counters, self.steps.tracks[kind]
         meter = self.engine.frames.lanes["read"].meter
         plan = track.follower.plan if track.follower is not None else None
+        down = self.outgoing.lane.meter if self.outgoing is not None else None
         return {
             "uploaded_bytes": meter.moved_bytes,
             "busy_s": meter.busy_s,
+            "downloaded_bytes": down.moved_bytes if down is not None else 0,
+            "download_busy_s": down.busy_s if down is not None else 0.0,
             "stall_s": counters.stall_s["read"],
             "demand_uploads": counters.demand_loads,
             "planned_uploads": counters.planned_loads,
@@ -202,6 +267,9 @@ class Device:
         }
 
     def close(self) -> None:
-        """Free the frames and stop the lane."""
+        """Free the frames and stop the lanes."""
+        self.await_sent(None)
+        if self.outgoing is not None:
+            self.outgoing.lane.close()
         self.engine.retire()
         self.engine.frames.close()

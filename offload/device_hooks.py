@@ -27,11 +27,12 @@ from offload.device import frame_dtype
 from offload.device_engine import Device
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
-from offload.gradients import GradientHomes
+from offload.gradients import GradientHomes, gradient_bytes
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
 from offload.hook import Hook, has_user_hooks
 from offload.internals import backward_runs, compiled, tree_map, when_backward_ends
+from offload.outgoing import Reads
 from offload.passes import Before
 from offload.prefetch.trace import Phase
 from offload.saved import Activations
@@ -56,6 +57,7 @@ class DeviceHooks:
         self._lock = threading.RLock()
         self._grads = GradientHomes(model, engine, binding, on_grad, keeps)
         self._pass = _Pass()
+        self._reads = Reads()
         level = device.engine
         activations = Activations(self._take_activation, level.given_back.append)
         self._saved = SavedInFrames(
@@ -97,7 +99,10 @@ class DeviceHooks:
         if compiled(module):
             raise OffloadError(COMPILED)
         refuse_transforms()
+        if self._device.place.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise OffloadError(CAPTURED)
         with self._lock:
+            self._device.engine.frames.pool.memory.follow()
             self._leave_contexts()  # an interrupt may have skipped the last leave
             self._end_pass()
             self._grads.nothing_in_flight()
@@ -169,7 +174,7 @@ class DeviceHooks:
 
     def _foresee(self, size_bytes: int, operation: str) -> None:
         with self._locked():
-            self._device.engine.pass_through(size_bytes, f"the result of {operation}")
+            self._device.engine.foresee(size_bytes, f"the result of {operation}")
 
     # -- weights ----------------------------------------------------------------------------
 
@@ -194,7 +199,8 @@ class DeviceHooks:
                 phase = Phase.BACKWARD if recomputes else Phase.FORWARD
                 view = self._device.engine.serve(phase, param)
         if param.requires_grad and torch.is_grad_enabled():
-            return Use.apply(param, view, self._gradient_out)  # type: ignore[no-any-return]
+            alive = self._reads.note(param, again=recomputes)
+            return Use.apply(param, view, self._gradient_out, alive)  # type: ignore[no-any-return]
         return view
 
     def _fetch_saved(self, param: nn.Parameter) -> None:
@@ -204,10 +210,12 @@ class DeviceHooks:
 
     # -- backward ---------------------------------------------------------------------------
 
-    def _enter_backward(self) -> None:
+    def _enter_backward(self, *, computes: bool = True) -> None:
         """The first event of a backward pass: have autograd tell us when it ends."""
         if self._pass.backward or not backward_runs():
             return
+        if computes:
+            self._device.engine.frames.pool.memory.follow()
         self._device.end_pass()
         self._pass.backward = True
         when_backward_ends(self._leave_backward)
@@ -215,6 +223,7 @@ class DeviceHooks:
     def _leave_backward(self) -> None:
         with self._lock:
             self._pass.backward = False
+            self._device.await_sent(self._host.tape)
             self._device.end_pass()
             self._host.settle()
             self._grads.nothing_in_flight()
@@ -224,6 +233,11 @@ class DeviceHooks:
         home = self._binding.homes[param]
         with self._lock:
             self._enter_backward()
+            if self._may_send(home, grad):
+                self._device.engine.take_other(grad.nbytes, f"the gradient of {home.name}")
+                self._grads.comes(home)
+                assert self._device.outgoing is not None
+                return self._device.outgoing.send(param, grad)
             self._device.engine.pass_through(grad.nbytes, f"the gradient of {home.name}")
             self._grads.reached(home)
         start_s, tape = time.perf_counter(), self._host.tape
@@ -232,10 +246,26 @@ class DeviceHooks:
             tape.copied("d2h", start_s, grad.nbytes)
         return delivered
 
+    def _may_send(self, home: Home, grad: Tensor) -> bool:
+        """Whether a gradient can leave beside what goes on, in the room that there is."""
+        outgoing, param = self._device.outgoing, home.param
+        # Only what the optimizer trains has the hook that waits.
+        if outgoing is None or not home.family.trained:
+            return False
+        if not outgoing.may_send(param, grad, self._reads):
+            return False
+        self._device.settle_sent(self._host.tape)
+        if self._device.engine.ledger.room_bytes < grad.nbytes:
+            outgoing.wait_all()
+            self._device.settle_sent(self._host.tape)
+        return not outgoing.sent_bytes or self._host.ledger.room_bytes >= gradient_bytes(home)
+
     def _gradient(self, home: Home) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(grad: Tensor) -> None:
+            if self._device.outgoing is not None:
+                self._device.outgoing.wait(home.param)  # not under the lock: others go on
             with self._lock:
-                self._enter_backward()
+                self._enter_backward(computes=False)  # on CUDA this is the caller's thread
                 self._grads.before(home, grad)
 
         def after(param: Tensor) -> None:
@@ -249,6 +279,7 @@ class DeviceHooks:
     def _end_pass(self) -> None:
         """User code runs from here: no copy of a weight is kept."""
         self._pass.frame, self._pass.backward = None, False
+        self._device.await_sent(self._host.tape)
         self._device.end_pass()
 
     def _push(self, context: Any) -> None:
@@ -265,6 +296,12 @@ COMPILED = (
     "torch.compile cannot be used with weights in frames: they are at another address each time, "
     "which a compiled graph does not see. Call the model uncompiled, or compute where the weights "
     "are (no device=..., no compute_dtype=...)"
+)
+
+
+CAPTURED = (
+    "a CUDA graph cannot capture a model whose weights are in frames: they are at another address "
+    "each time, and copies wait on the host. Capture a model that is not wrapped"
 )
 
 

@@ -318,6 +318,9 @@ class Engine:
         if self.tape is not None:
             self.tape.stalls.append((start_s, end_s, cause, chunk))
 
+    def await_compute(self) -> None:
+        """Wait for what is computed. On the CPU it is over when its call returns."""
+
     # -- boundaries -------------------------------------------------------------------------
 
     def settle(self) -> None:

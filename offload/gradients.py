@@ -37,6 +37,7 @@ class GradientHomes:
         self._on_grad = on_grad
         self._keeps = keeps
         self._foreign: set[Home] = set()  # ``.grad`` is the user's own: autograd adds in place
+        self._coming: set[Home] = set()  # debited before autograd has them
         self._whose = whose
         self._in_flight: dict[tuple[object, Home], int] = {}  # bytes that autograd holds, debited
         trained = [home for home in binding.homes.values() if home.family.trained]
@@ -56,7 +57,10 @@ class GradientHomes:
         self._foreign.discard(home)
         if home.param.grad is not None and not home.grad_is_home:
             self._foreign.add(home)
-        self._take(home)
+        if home in self._coming:
+            self._coming.discard(home)
+        else:
+            self._take(home)
         if home.grad_is_home:  # about to be added to in place
             needs = tuple(Need(c, Access.WRITE) for c in home.grad_chunks)
             self._engine.need(Phase.BACKWARD, needs)
@@ -81,9 +85,15 @@ class GradientHomes:
         if home in self.shared and not there and home.param.requires_grad:
             self._take(home)
 
+    def comes(self, home: Home) -> None:
+        """Its one gradient is on its way, into memory that is there from now. BudgetError."""
+        self._take(home)
+        self._coming.add(home)
+
     def nothing_in_flight(self, *, only_mine: bool = False) -> None:
         """No backward pass is under way (``autograd.grad`` never brings gradients home)."""
         mine = self._whose()
+        self._coming.clear()
         for whose, home in list(self._in_flight):
             if whose == mine or not only_mine:
                 self._credit(self._in_flight.pop((whose, home)))

@@ -111,6 +111,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows; what finished blocks hold of others is freed with the cache."""
         if self.history is not None:
+            indices = indices.cpu()  # histories are on the host, wherever the model computes
             indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
             self.history.select_rows(indices)
 

@@ -34,3 +34,8 @@ class Parts:
     machine: Machine | None = None  # measured rates that plans are made with; None: no plans
     kv: KVStore | None = None  # what KV caches share, once there is one
     handles: list[RemovableHandle] = field(default_factory=list)
+
+    @property
+    def computing(self) -> Engine:
+        """The engine of the tier where activations are."""
+        return self.device.engine if self.device is not None else self.engine

@@ -16,8 +16,10 @@ from offload.device_engine import Device, DeviceEngine
 from offload.device_hooks import COMPILED
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
+from offload.heap import Heap
 from offload.internals import compiled
 from offload.ledger import Ledger
+from offload.outgoing import Outgoing
 from offload.prefetch.plan import Plan
 from offload.prefetch.planner import DoesNotFit, plan
 from offload.prefetch.trace import Trace
@@ -27,6 +29,7 @@ from offload.tiers.copy import Copier, CudaCopier, PlainCopier
 from offload.tiers.fake import AdversarialLane
 from offload.tiers.lane import Lane, ThreadLane
 from offload.tiers.spec import GIB, KIB, MIB, Machine, format_size
+from offload.watch import AllocatorWatch
 
 EMULATED = "emulated"
 DEVICE_SHARE = 0.8  # of free device memory, when no budget is given
@@ -84,7 +87,7 @@ def with_place(given: Given, place: Place | None) -> Given:
     device_bytes = budget.device_bytes
     if device_bytes is None:
         if place.device.type == "cuda":
-            device_bytes = int(DEVICE_SHARE * torch.cuda.mem_get_info(place.device)[0])
+            device_bytes = int(DEVICE_SHARE * _free_bytes(place.device))
             why = "80% of what is free"
         else:
             device_bytes, why = int(CPU_SHARE * budget.host_bytes), "25% of host_memory"
@@ -134,13 +137,29 @@ def build_device(
             "host", "host_memory",
         )  # fmt: skip
     arena = DeviceArena(memory, poison=tuning.poison)
-    space = DeviceSpace(arena, _lane(tuning), copier, host)
+    space = DeviceSpace(arena, _lane("h2d", tuning), copier, host)
     chunk_bytes = tuning.device_chunk_bytes or _chunk_bytes(budget_bytes)
     add_families(space, binding, place.dtype, chunk_bytes)
     engine = DeviceEngine(space, Ledger(budget_bytes, arena, _buffer_bytes(model)))
     planner = _planner(engine, tuning) if tuning.prefetch else None
     steps = Steps(engine, planner, may_fit=False, tapes=tuning.tapes)
-    return Device(place.device, place.dtype, engine, steps, tuning.trust_versions)
+    if place.device.type == "cuda":
+        ledger = engine.ledger
+        ledger.heap = Heap(lambda: 0, kept_bytes=1 << 62)  # malloc has no part in this memory
+        steps.watch = AllocatorWatch(
+            lambda: ledger.used_bytes, lambda: ledger.peak_bytes, place.device
+        )
+    # Where the device's memory is the host's, a cast on the spot is as good as a copy.
+    outgoing = Outgoing(copier, _lane("d2h", tuning)) if place.own_memory else None
+    return Device(place.device, place.dtype, engine, steps, tuning.trust_versions, outgoing)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What this process may still take of a GPU: it may have set itself a limit."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    limit = torch.cuda.get_per_process_memory_fraction(device) * total_bytes
+    held_bytes = torch.cuda.memory_reserved(device)
+    return min(free_bytes, int(limit) - held_bytes)
 
 
 def _accelerator(device: torch.device) -> torch.device:
@@ -155,10 +174,10 @@ def _accelerator(device: torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _lane(tuning: Tuning) -> Lane:
+def _lane(name: str, tuning: Tuning) -> Lane:
     if tuning.adversary is not None:
-        return AdversarialLane(tuning.adversary + 2)
-    return ThreadLane("h2d", 1)  # one stream, one direction: a second worker would only queue
+        return AdversarialLane(tuning.adversary + 2 + (name == "d2h"))
+    return ThreadLane(name, 1)  # one stream, one direction: a second worker would only queue
 
 
 def _planner(engine: DeviceEngine, tuning: Tuning) -> Callable[[Trace], Plan]:

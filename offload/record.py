@@ -19,9 +19,11 @@ class Recorder:
     """Notes each moment of the running step; ``finish`` makes the immutable trace.
 
     ``waited_s``: tells how long the engine has waited for transfers so far; that is no work.
+    ``settle``: is called before the clock is read, for work that goes on when its call returns.
     """
 
     waited_s: Callable[[], float]
+    settle: Callable[[], None] = lambda: None
     moments: list[Moment] = field(default_factory=list)
     began_s: float = field(default_factory=time.perf_counter)
     _lap_s: float = 0.0  # the clock without the waiting
@@ -56,6 +58,7 @@ class Recorder:
 
     def _lap(self) -> float:
         """Seconds of work since the last lap."""
+        self.settle()
         now_s = time.perf_counter() - self.waited_s()
         work_s, self._lap_s = now_s - self._lap_s, now_s
         return max(work_s, 0.0)

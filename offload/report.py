@@ -52,6 +52,7 @@ def report_data(run: Runtime, task: str = "", history: History | None = None) ->
         step.step_s if step is not None else None, forecast,
         link.bound_s if link is not None else None, _stalls(step),
         _situation(run, follower), _ways(run, kind, tables),
+        link is not None and link.binding == "disk",  # to a device's plan the host is the disk
     )  # fmt: skip
     homes = _homes(tables, step, run)
     return {
@@ -189,7 +190,7 @@ def _step(
     if step is None:
         return None
     bound_s = forecast.bound_s if forecast is not None else None
-    if bound_s is not None and binding == "link":
+    if forecast is None or binding == "link":
         bound_s = link_bound_s
     return {
         "bound_s": bound_s,

@@ -33,10 +33,11 @@ class Facts:
 
     step_s: float | None
     forecast: Forecast | None
-    link_bound_s: float | None  # of the copies to a device
+    link_bound_s: float | None  # of a device's part of the step: copies to it, and computing
     stalls_s: dict[str, float]  # by cause, of the recorded step
     now: Situation | None
     ways: Ways
+    link_binds: bool = False  # the copies make most of that
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +77,8 @@ def ways_of(kind_trains: bool, early: bool, clips: bool, narrow: bool, tables: T
 
 def _binding(facts: Facts) -> tuple[str, float | None]:
     """What binds, and the bound."""
-    if facts.forecast is None:
-        return "compute", None
+    if facts.forecast is None:  # without a disk only the copies to a device are planned
+        return ("link" if facts.link_binds else "compute"), facts.link_bound_s
     bound_s, binding = facts.forecast.bound_s, facts.forecast.binding
     if facts.link_bound_s is not None and facts.link_bound_s > bound_s:
         return "link", facts.link_bound_s
@@ -87,9 +88,10 @@ def _binding(facts: Facts) -> tuple[str, float | None]:
 def _text(facts: Facts, binding: str, bound_s: float | None, ratio: float | None) -> str:
     if facts.step_s is None:
         return "no step has followed a plan yet: the first one is watched, report after the third"
-    if facts.forecast is None or bound_s is None or ratio is None:
+    forecast = facts.forecast
+    if bound_s is None or ratio is None:
         return f"nothing is planned, a step takes {facts.step_s:.3g} s"
-    if not facts.forecast.read_bytes + facts.forecast.write_bytes and binding != "link":
+    if forecast is not None and not _moves(forecast) and binding != "link":
         return f"all fits in memory, nothing is moved: a step takes {facts.step_s:.3g} s"
     waits_s = sum(facts.stalls_s.values())
     return (
@@ -98,14 +100,18 @@ def _text(facts: Facts, binding: str, bound_s: float | None, ratio: float | None
     )
 
 
+def _moves(forecast: Forecast) -> float:
+    """Bytes to and from the disk."""
+    return forecast.read_bytes + forecast.write_bytes
+
+
 def _advice(facts: Facts, binding: str, ratio: float | None) -> list[str]:
     """What to change, cheapest first."""
     now, forecast = facts.now, facts.forecast
     if now is None or forecast is None:
         return []
     found: list[str] = []
-    moves = forecast.read_bytes + forecast.write_bytes
-    if moves:
+    if _moves(forecast):
         found += _same_numbers(facts, now, forecast)
         found += _other_numbers(facts, now, forecast)
     gains = any("more host memory" in line for line in found)

@@ -175,10 +175,11 @@ def step_parts(data: dict[str, Any]) -> dict[str, Any]:
         if part["kind"] == "stall":
             part["strength"] = max(0.35, 1 - 0.22 * stalls_seen)  # shades of one red
             stalls_seen += 1
-    bound_percent = min(100.0, 100 * step["bound_s"] / whole_s)
+    bound_s = step["bound_s"]
+    bound_percent = 0.0 if bound_s is None else min(100.0, 100 * bound_s / whole_s)
     return {
         "parts": [p for p in parts if p["s"] > 0], "bound_percent": bound_percent,
-        "bound": seconds(step["bound_s"]), "step": seconds(whole_s),
+        "bound": "not known" if bound_s is None else seconds(bound_s), "step": seconds(whole_s),
     }  # fmt: skip
 
 
@@ -341,7 +342,7 @@ def two_runs(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
         for key, label in COMPARED.items()
         if a["measured"].get(key) is not None and b["measured"].get(key) is not None
     ]
-    if a["step"] and b["step"]:
+    if a["step"] and b["step"] and None not in (a["step"]["bound_s"], b["step"]["bound_s"]):
         rows.insert(
             1, _pair("bound_s", "Bound of a step", a["step"]["bound_s"], b["step"]["bound_s"])
         )

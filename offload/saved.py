@@ -8,6 +8,7 @@ unless the visit of a unit that saves it has something else in mind (offload/vis
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,25 +30,38 @@ class Activations:
         self._take = take
         self._give = give
         self._storages: dict[int, tuple[int, int]] = {}  # data_ptr -> (holders, bytes)
+        # A CUDA device's backward nodes let go on autograd's own thread. Reentrant: a collection
+        # of garbage may let go of one at any line.
+        self._lock = threading.RLock()
 
     def hold(self, tensor: Tensor) -> int:
         """Count a saved tensor; returns the key to release it with. May raise BudgetError."""
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
-        holders, size_bytes = self._storages.get(key, (0, 0))
-        if holders == 0:
-            size_bytes = storage.nbytes()
-            self._take(size_bytes, f"a saved activation of shape {tuple(tensor.shape)}")
-        self._storages[key] = (holders + 1, size_bytes)
+        with self._lock:
+            holders, size_bytes = self._storages.get(key, (0, storage.nbytes()))
+            self._storages[key] = (holders + 1, size_bytes)
+        if holders == 0:  # not under the lock: who makes room may wait for other threads
+            try:
+                self._take(size_bytes, f"a saved activation of shape {tuple(tensor.shape)}")
+            except BaseException:
+                self._drop(key)
+                raise
         return key
 
     def release(self, key: int) -> None:
         """Autograd has let go of one holder."""
-        holders, size_bytes = self._storages.pop(key)
-        if holders > 1:
-            self._storages[key] = (holders - 1, size_bytes)
-        else:
+        size_bytes = self._drop(key)
+        if size_bytes:
             self._give(size_bytes)
+
+    def _drop(self, key: int) -> int:
+        """One holder less; the bytes of the storage when it was the last."""
+        with self._lock:
+            holders, size_bytes = self._storages.pop(key)
+            if holders > 1:
+                self._storages[key] = (holders - 1, size_bytes)
+        return size_bytes if holders == 1 else 0
 
 
 class Bytes(Protocol):

@@ -177,7 +177,7 @@ class Steps:
         # Where all fits inference moves nothing; a training step's update still follows its plan.
         still = mode is Mode.FITS and kind is Kind.INFER
         follower = None if still else track.following(ahead=self._step.ahead)
-        recorder = self._recorder()
+        recorder = self._recorder(learns=len(track.replayed_s) < RETIMED_AFTER[-1])
         if self.tapes and mode is not Mode.RECORD:
             self._step.tape = Tape(self._engine, recorder.began_s, meters, track.follower)
         self._engine.begin(recorder, follower)
@@ -255,9 +255,11 @@ class Steps:
         before = self.tracks[kind]
         self.tracks[kind] = Track(steps=before.steps, tape=before.tape)
 
-    def _recorder(self) -> Recorder:
+    def _recorder(self, *, learns: bool) -> Recorder:
         stall_s = self._engine.counters.stall_s
-        return Recorder(lambda: sum(stall_s.values()))
+        if not learns:
+            return Recorder(lambda: sum(stall_s.values()))
+        return Recorder(lambda: sum(stall_s.values()), self._engine.await_compute)
 
     @staticmethod
     def _stop_tape(step: _Step) -> None:

@@ -118,9 +118,12 @@ class Tape:
         """Note whom the processor works for."""
         self.marks.append((time.perf_counter(), mark, name))
 
-    def copied(self, lane: str, start_s: float, size_bytes: int) -> None:
-        """The loop itself has moved bytes until now, in no lane's worker."""
-        self.lanes.setdefault(lane, []).append((-1, start_s, time.perf_counter(), size_bytes))
+    def copied(
+        self, lane: str, start_s: float, size_bytes: int, end_s: float | None = None
+    ) -> None:
+        """Bytes were moved until ``end_s`` (now), in none of the engine's lanes."""
+        end_s = time.perf_counter() if end_s is None else end_s
+        self.lanes.setdefault(lane, []).append((-1, start_s, end_s, size_bytes))
 
     def _see(self, what: int | Other, change_bytes: int) -> None:
         ledger = self._source.ledger

@@ -28,15 +28,17 @@ class Use(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, param: nn.Parameter, view: Tensor, home: GradientPath) -> Tensor:
+    def forward(
+        ctx: Any, param: nn.Parameter, view: Tensor, home: GradientPath, alive: object
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.param, ctx.home = param, home
+        ctx.param, ctx.home, ctx.alive = param, home, alive
         return view
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None, None]:
         (grad,) = grads
-        return (None if grad is None else ctx.home(ctx.param, grad)), None, None
+        return (None if grad is None else ctx.home(ctx.param, grad)), None, None, None
 
 
 class UseDict(dict[str, Any]):

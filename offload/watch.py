@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 
+import torch
+
 from offload.heap import anonymous_bytes
 
 INTERVAL_S = 0.005
@@ -46,6 +48,32 @@ class Watch:
         """One sample."""
         excess = anonymous_bytes() - self._accounted() - self._baseline
         self.excess_bytes = max(self.excess_bytes, excess)
+
+
+class AllocatorWatch(Watch):
+    """The same for a CUDA device, from the peak that torch's allocator knows of.
+
+    The peak is the process's and is not reset, which would take it from the user: a step that stays
+    below an earlier peak is not seen, but then it is no worse than what has been seen.
+    """
+
+    def __init__(self, accounted: Callable[[], int], peak: Callable[[], int],
+                 device: torch.device) -> None:  # fmt: skip
+        super().__init__(accounted)
+        self._peak = peak
+        self._device = device
+        self._before = self._foreign = 0
+
+    def start(self) -> None:
+        self._before = torch.cuda.max_memory_allocated(self._device)
+        self._foreign = torch.cuda.memory_allocated(self._device) - self._accounted()
+
+    def stop(self) -> None:
+        most = torch.cuda.max_memory_allocated(self._device)
+        if most > self._before:
+            excess = most - self._foreign - self._peak()
+            self.excess_bytes = max(self.excess_bytes, excess)
+            self._before = most
 
 
 def _sample(watch: weakref.ref[Watch], stop: threading.Event) -> None:

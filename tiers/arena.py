@@ -21,6 +21,7 @@ from torch import Tensor
 from offload.tiers import vm
 from offload.tiers.checksum import checksum_of
 from offload.tiers.frames import POISON_BYTE, Frame, FramePool
+from offload.tiers.spec import MIB, round_up
 
 
 class _Token:
@@ -34,8 +35,12 @@ class Memory(Protocol):
 
     device: torch.device
 
+    def held_bytes(self, size_bytes: int) -> int:
+        """What a buffer with room for so much takes up: frames are made of this size."""
+        ...
+
     def allocate(self, size_bytes: int) -> int:
-        """Address of a new buffer of exactly this size."""
+        """Address of a new buffer of exactly this size. Raises MemoryError where there is none."""
         ...
 
     def free(self, address: int, size_bytes: int) -> None:
@@ -58,12 +63,27 @@ class Memory(Protocol):
         """A number that tells whether the contents changed; after what compute has queued."""
         ...
 
+    def poison(self, frame: Frame) -> None:
+        """Fill a frame with NaN, after what compute has queued (for tests)."""
+        ...
+
+    def follow(self) -> None:
+        """A pass begins: what it computes is queued where this thread computes now."""
+        ...
+
+    def wait(self) -> None:
+        """Wait, on the host, until everything that compute has queued is over."""
+        ...
+
 
 class PageMemory:
     """The emulated device, and the CPU's own converted copies: huge pages of host memory."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
+
+    def held_bytes(self, size_bytes: int) -> int:
+        return size_bytes
 
     def allocate(self, size_bytes: int) -> int:
         address = vm.reserve(size_bytes)
@@ -88,6 +108,15 @@ class PageMemory:
     def checksum(self, frame: Frame) -> int:
         return checksum_of(frame.address, frame.size_bytes)
 
+    def poison(self, frame: Frame) -> None:
+        vm.fill(frame.address, frame.size_bytes, POISON_BYTE)
+
+    def follow(self) -> None:
+        """Compute on the CPU is over when it returns."""
+
+    def wait(self) -> None:
+        """The same."""
+
 
 class _CudaBuffer:
     """What ``torch.as_tensor`` needs to make a storage over device memory, without a copy."""
@@ -110,39 +139,69 @@ class CudaMemory:
     """Frames from torch's allocator, so that one cap and one set of statistics cover everything.
 
     ``retire`` records an event on the stream that computes; a copy into the frame waits for it
-    on the copy stream, never on the host. A freed buffer goes back to the allocator on the
-    stream it was allocated on, the compute stream: what that stream runs next may reuse it.
+    on the copy stream, never on the host. That stream is the one which was current when the pass
+    began: autograd runs backward nodes there, but our own code may run on a thread on which
+    another is current. A freed buffer goes back to the allocator on the stream it was allocated
+    on: what that stream runs next may reuse it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._buffers: dict[int, Tensor] = {}
+        self._stream = torch.cuda.current_stream(device)
+        self._buffers: dict[int, tuple[Tensor, torch.cuda.Stream]] = {}
         self._events: dict[int, torch.cuda.Event] = {}
 
+    def held_bytes(self, size_bytes: int) -> int:
+        # As torch's allocator counts: blocks of 512 bytes, and of whole segments of 2 MiB where it
+        # would not split off the rest. So the account is the allocator's, and sizes are fewer.
+        return round_up(size_bytes, 512 if size_bytes <= MIB else 2 * MIB)
+
     def allocate(self, size_bytes: int) -> int:
-        buffer = torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+        try:
+            with torch.cuda.stream(self._stream):
+                buffer = torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from error
         address = buffer.data_ptr()
-        self._buffers[address] = buffer
+        self._buffers[address] = buffer, self._stream
         self._events[address] = torch.cuda.Event()
         self.retire(address)  # the allocator may hand out what queued kernels still read
         return address
 
     def free(self, address: int, size_bytes: int) -> None:
-        del self._buffers[address], self._events[address]
+        buffer, stream = self._buffers.pop(address)
+        if stream != self._stream:  # computed with on another than the allocator knows of
+            buffer.record_stream(self._stream)
+        del self._events[address]
 
     def over(self, address: int, size_bytes: int, token: object) -> Tensor:
         buffer: Any = _CudaBuffer(address, size_bytes, token)
         return torch.as_tensor(buffer, device=self.device)
 
     def retire(self, address: int) -> None:
-        self._events[address].record(torch.cuda.current_stream(self.device))
+        self._events[address].record(self._stream)
 
     def vacant(self, address: int) -> torch.cuda.Event:
         return self._events[address]
 
     def checksum(self, frame: Frame) -> int:
-        values = self._buffers[frame.address][: frame.size_bytes // 4 * 4].view(torch.int32)
-        return int(values.sum(dtype=torch.int64))
+        buffer, _ = self._buffers[frame.address]
+        with torch.cuda.stream(self._stream):
+            values = buffer[: frame.size_bytes // 4 * 4].view(torch.int32)
+            return int(values.sum(dtype=torch.int64))
+
+    def poison(self, frame: Frame) -> None:
+        with torch.cuda.stream(self._stream), torch.inference_mode(False):
+            self.over(frame.address, frame.size_bytes, None).fill_(POISON_BYTE)
+
+    def follow(self) -> None:
+        now = torch.cuda.current_stream(self.device)
+        if now != self._stream:
+            now.wait_stream(self._stream)  # frames and their contents were the other's
+            self._stream = now
+
+    def wait(self) -> None:
+        self._stream.synchronize()
 
 
 class DeviceArena(FramePool):
@@ -169,9 +228,16 @@ class DeviceArena(FramePool):
         if idle:
             self.idle_bytes -= size_bytes
             return idle.pop(0)
-        frame = Frame(self.memory.allocate(size_bytes), size_bytes)
+        frame = Frame(self._allocate(size_bytes), size_bytes)
         self.total_bytes += size_bytes
         return frame
+
+    def _allocate(self, size_bytes: int) -> int:
+        try:
+            return self.memory.allocate(size_bytes)
+        except MemoryError:
+            self.trim()  # what others took of the device, or its holes: idle frames make up for it
+            return self.memory.allocate(size_bytes)
 
     def give(self, frame: Frame) -> None:
         """Take a frame back: idle at once, or when the last view of it has died."""
@@ -250,8 +316,7 @@ class DeviceArena(FramePool):
     def _rest(self, frame: Frame) -> None:
         owner = self._owners.pop(frame.address, None)
         if self.poison:
-            with torch.inference_mode(False):
-                self.memory.over(frame.address, frame.size_bytes, None).fill_(POISON_BYTE)
+            self.memory.poison(frame)
         self.memory.retire(frame.address)
         self._idle[frame.size_bytes].append(frame)
         self.idle_bytes += frame.size_bytes

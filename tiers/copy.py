@@ -2,11 +2,16 @@
 
 A worker reads a home (CPU memory) and fills a frame, converting on the way. The host side of a
 copy is over when the worker returns: only then may the home's pages move. The device side may
-come later; compute waits for its event on the stream, not on the host.
+come later; compute waits for its event on the stream, not on the host. A copy to the host is over
+when its worker returns.
 """
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,7 +29,7 @@ STAGING_BUFFERS = 3  # one being filled, one on the wire, one done
 
 @dataclass(slots=True, eq=False)
 class Mark:
-    """The device side of one chunk's upload: what it waits for, what waits for it."""
+    """The device side of one copy: what it waits for, what waits for it."""
 
     vacant: object | None = None
     arrived: object | None = None
@@ -47,6 +52,14 @@ class Copier(Protocol):
         """Wait, on the host, until the device side is over too."""
         ...
 
+    def ready(self) -> Mark:
+        """For a copy to the host of what this thread has queued until now."""
+        ...
+
+    def download(self, source: Tensor, target: Tensor, mark: Mark) -> None:
+        """Copy 1-d source [n] (device) over target [n] (CPU), converting. Runs on a worker."""
+        ...
+
     def close(self) -> None:
         """Free the staging memory; nothing is in flight."""
         ...
@@ -66,38 +79,41 @@ class PlainCopier:
     def drain(self, mark: Mark) -> None:
         """The same."""
 
+    def ready(self) -> Mark:
+        return Mark()
+
+    def download(self, source: Tensor, target: Tensor, mark: Mark) -> None:
+        target.copy_(source)
+
     def close(self) -> None:
         """There is no staging memory."""
 
 
 class CudaCopier:
-    """Uploads through pinned staging buffers on one stream that is made once.
+    """Copies through pinned staging buffers, on one stream for each direction, made once.
 
-    Homes cannot be pinned themselves, since their pages move. Conversion is done while filling
-    the staging buffer, so narrow types also mean fewer bytes on the wire. Used by one worker.
+    Homes cannot be pinned themselves, since their pages move. Conversion is done on the host, so
+    narrow types also mean fewer bytes on the wire. Each direction is used by one worker.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.host_bytes = STAGING_BYTES * STAGING_BUFFERS
+        self.host_bytes = STAGING_BYTES * STAGING_BUFFERS * 2
         self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._staging = [_pinned(STAGING_BYTES) for _ in range(STAGING_BUFFERS)]
-        self._sent = [torch.cuda.Event() for _ in self._staging]
-        self._next = 0
+        self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._to, self._back = _Staging(device), _Staging(device)
 
     def upload(self, source: Tensor, target: Tensor, mark: Mark) -> None:
-        step = STAGING_BYTES // target.element_size()
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._up):
             if isinstance(mark.vacant, torch.cuda.Event):
-                self._stream.wait_event(mark.vacant)
-            for start in range(0, target.numel(), step):
-                part = target[start : start + step]
-                staged = self._stage(source[start : start + step], part)
-                part.copy_(staged, non_blocking=True)
-                self._sent[self._next].record(self._stream)
-                self._next = (self._next + 1) % len(self._staging)
+                self._up.wait_event(mark.vacant)
+            for part in _parts(target):
+                buffer, moved = self._to.next()
+                staged = _as(buffer, target[part])
+                staged.copy_(source[part])
+                target[part].copy_(staged, non_blocking=True)
+                moved.record(self._up)
             arrived = torch.cuda.Event()
-            arrived.record(self._stream)
+            arrived.record(self._up)
             mark.arrived = arrived
 
     def arrive(self, mark: Mark) -> None:
@@ -108,37 +124,113 @@ class CudaCopier:
         if isinstance(mark.arrived, torch.cuda.Event):
             mark.arrived.synchronize()
 
+    def ready(self) -> Mark:
+        queued = torch.cuda.Event()
+        queued.record(torch.cuda.current_stream(self._device))
+        return Mark(vacant=queued)
+
+    def download(self, source: Tensor, target: Tensor, mark: Mark) -> None:
+        leaving: deque[tuple[slice, Tensor, torch.cuda.Event]] = deque()
+
+        def take_out() -> None:
+            part, staged, moved = leaving.popleft()
+            moved.synchronize()
+            target[part].copy_(staged)
+
+        with torch.cuda.device(self._device), torch.cuda.stream(self._down):
+            if isinstance(mark.vacant, torch.cuda.Event):
+                self._down.wait_event(mark.vacant)
+            for part in _parts(source):
+                if len(leaving) == STAGING_BUFFERS:
+                    take_out()
+                buffer, moved = self._back.next()
+                staged = _as(buffer, source[part])
+                staged.copy_(source[part], non_blocking=True)
+                moved.record(self._down)
+                leaving.append((part, staged, moved))
+            while leaving:
+                take_out()
+
     def close(self) -> None:
-        self._stream.synchronize()
-        for buffer in self._staging:
-            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
-            vm.release(buffer.data_ptr(), STAGING_BYTES)
-        self._staging.clear()
-
-    def _stage(self, source: Tensor, like: Tensor) -> Tensor:
-        """The source, converted, in a staging buffer whose last copy has left."""
-        self._sent[self._next].synchronize()  # never recorded: returns at once
-        buffer = self._staging[self._next][: like.numel() * like.element_size()]
-        return buffer.view(like.dtype).copy_(source)
+        for stream, staging in ((self._up, self._to), (self._down, self._back)):
+            stream.synchronize()
+            staging.close()
 
 
-def _pinned(size_bytes: int) -> Tensor:
-    """Huge pages of exactly this size, registered with CUDA once; pageable where that fails.
+class _Staging:
+    """Host buffers of exactly their size, used in turn, registered with CUDA once.
 
-    torch's own pinned allocator would round up to a power of two.
+    torch's own pinned allocator would round up to a power of two. Where pages cannot be registered
+    copies still work, but slowly and one after the other: that is said.
     """
-    address = vm.reserve(size_bytes)
-    vm.want_huge(address, size_bytes)
-    vm.fill(address, size_bytes, 0)
-    torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0)
-    return torch.frombuffer(vm.buffer_at(address, size_bytes), dtype=torch.uint8)
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers = [vm.reserve(STAGING_BYTES) for _ in range(STAGING_BUFFERS)]
+        self._moved = [torch.cuda.Event() for _ in self._buffers]
+        self._pinned: list[int] = []
+        self._next = 0
+        for address in self._buffers:
+            vm.want_huge(address, STAGING_BYTES)
+            vm.fill(address, STAGING_BYTES, 0)
+            self._pin(address)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of the buffers, what CUDA has registered."""
+        return len(self._pinned) * STAGING_BYTES
+
+    def next(self) -> tuple[Tensor, torch.cuda.Event]:
+        """The buffer whose last copy was queued longest ago, when that is over, and its event."""
+        address, moved = self._buffers[self._next], self._moved[self._next]
+        self._next = (self._next + 1) % len(self._buffers)
+        moved.synchronize()  # never recorded: returns at once
+        return torch.frombuffer(vm.buffer_at(address, STAGING_BYTES), dtype=torch.uint8), moved
+
+    def close(self) -> None:
+        """Give the memory back; no copy is in flight."""
+        with torch.cuda.device(self._device):
+            for address in self._pinned:
+                code = int(torch.cuda.cudart().cudaHostUnregister(address))
+                if code != 0:
+                    raise RuntimeError(f"pinned memory could not be released (CUDA error {code})")
+        for address in self._buffers:
+            vm.release(address, STAGING_BYTES)
+        self._buffers.clear()
+
+    def _pin(self, address: int) -> None:
+        # The context must be the device's: registering would make one on the current device.
+        with torch.cuda.device(self._device):
+            code = int(torch.cuda.cudart().cudaHostRegister(address, STAGING_BYTES, 0))
+            if code == 0:
+                self._pinned.append(address)
+                return
+            warnings.warn(
+                f"{STAGING_BYTES >> 20} MiB of host memory could not be pinned (CUDA error {code}):"
+                " copies to and from the device will be slow; raise the limit of locked memory "
+                "(ulimit -l)",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+            with contextlib.suppress(RuntimeError):
+                # CUDA keeps the error, and the next launch of a kernel would be blamed for it.
+                torch.zeros(1, device=self._device)
+
+
+def _parts(flat: Tensor) -> Iterator[slice]:
+    """A 1-d tensor in parts that fit a staging buffer."""
+    step = STAGING_BYTES // flat.element_size()
+    return (slice(a, min(a + step, flat.numel())) for a in range(0, flat.numel(), step))
+
+
+def _as(buffer: Tensor, like: Tensor) -> Tensor:
+    """The beginning of a buffer as a tensor of the same type and length."""
+    return buffer[: like.numel() * like.element_size()].view(like.dtype)
 
 
 def deliver(grad: Tensor, param: Tensor) -> Tensor:
     """A gradient as its parameter wants it. Differentiable. Waits for the device.
 
-    Autograd adds it up on the CPU as soon as it is returned, so there is nothing to put off. It
-    crosses the bus in the narrow type and is widened on the host.
+    It crosses the bus in the narrow type and is widened on the host.
     """
     return grad.to(param.device).to(param.dtype)
 

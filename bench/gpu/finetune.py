@@ -1,0 +1,110 @@
+"""A full fine-tune, bf16 with fp32 masters: ours, unwrapped, or a peer, under a cap of memory.
+
+One sequence length, no padding, AdamW (fused, lr 1e-5), the same ids and starting weights. Ours:
+weights, gradients and state on the host, computed with in bf16 frames. ``plain``: float32 weights
+on the device under autocast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gpu.common import (
+    STEPS,
+    WARM_STEPS,
+    arguments,
+    cap_bytes,
+    llama,
+    measured,
+    placed,
+    plain_stats,
+    shape_of,
+    timed,
+    tokens_of,
+    write_reports,
+)
+from gpu.runner import line
+
+import offload
+from offload.config import Tuning
+
+PEERS = ("deepspeed", "fsdp2", "torchao")
+Step = Callable[[], Any]
+
+
+def ours(args: argparse.Namespace, cap: int | None, held: list[Any], disk: str | None) -> Step:
+    """Three lines of offload in a plain loop."""
+    shape = shape_of(args)
+    model = llama(shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    where = placed(args, cap)
+    if disk is not None:
+        where |= {"disk": disk, "host_memory": 10 * shape.parameters + (64 << 20)}
+    # Kept: copies of weights outlive passes, as users may ask for where they fit.
+    tuning = Tuning(trust_versions=args.way == "ours-kept")
+    offload.wrap(model, optimizer, compute_dtype=torch.bfloat16, tuning=tuning, **where)
+    held.append(offload.runtime(model))
+    return stepper(model, optimizer, tokens_of(args, shape.vocabulary))
+
+
+def plain(args: argparse.Namespace) -> Step:
+    """No offload: everything on the device."""
+    shape = shape_of(args)
+    place = "cpu" if args.emulated else "cuda"
+    model = llama(shape).to(place)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    ids = tokens_of(args, shape.vocabulary).to(place)
+    inner = stepper(model, optimizer, ids)
+
+    def step() -> Any:
+        with torch.autocast(place, dtype=torch.bfloat16):
+            return inner()
+
+    return step
+
+
+def stepper(model: Any, optimizer: Any, ids: torch.Tensor) -> Step:
+    """The plain loop. The loss stays where it is, until the step is over."""
+
+    def step() -> Any:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def main() -> None:
+    args = arguments("plain", "ours", "ours-again", "ours-kept", "ours-disk", *PEERS)
+    cap = cap_bytes(args)
+    held: list[Any] = []
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        if args.way in PEERS:
+            from gpu.peers import PEER_STEPS
+
+            step = PEER_STEPS[args.way](args)
+        elif args.way == "plain":
+            step = plain(args)
+        else:
+            step = ours(args, cap, held, folder if args.way == "ours-disk" else None)
+        shape = shape_of(args)
+        line({"began": True})
+        row = measured(args, shape, *timed(step, WARM_STEPS, STEPS)) | {"way": args.way}
+        if held:
+            row["stats"] = plain_stats(held[0])
+            line(row)
+            name = f"{args.shape}-{args.cap}-{args.tokens}-{args.way}"
+            line({"reports": write_reports(held[0], args, name)})
+            held[0].close()
+        else:
+            line(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""LoRA on a frozen bf16 base of three times the device memory; unwrapped, uncapped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from gpu.common import (
+    GB,
+    LAYER_OF_LARGEST,
+    STEPS,
+    WARM_STEPS,
+    arguments,
+    cap_bytes,
+    llama,
+    measured,
+    placed,
+    plain_stats,
+    shape_of,
+    timed,
+    tokens_of,
+)
+from gpu.runner import line
+
+import offload
+
+
+def main() -> None:
+    args = arguments("ours", "plain")
+    shape = shape_of(args)
+    if not args.emulated:
+        shape = replace(LAYER_OF_LARGEST, layers=32)
+    weights = 2 * shape.parameters
+    args.cap = f"{weights / 3 / GB:.2f}" if args.way == "ours" else "none"
+    cap = cap_bytes(args)
+    from peft import LoraConfig, get_peft_model
+
+    base: Any = llama(shape, torch.bfloat16)
+    told = LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model: Any = get_peft_model(base, told)
+    place = "cpu" if args.emulated else "cuda"
+    ids = tokens_of(args, shape.vocabulary)
+    if args.way == "plain":
+        model, ids = model.to(place), ids.to(place)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    if args.way == "ours":
+        offload.wrap(model, optimizer, compute_dtype=torch.bfloat16, **placed(args, cap))
+
+    def step() -> Any:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    row = measured(args, shape, *timed(step, WARM_STEPS, STEPS))
+    # Gradients of weights are not computed: 4 FLOPs for each parameter and token, not 6.
+    row |= {"way": args.way, "shape": "lora", "tflops": row["tflops"] * 4 / 6}
+    if args.way == "ours":
+        row["stats"] = plain_stats(offload.runtime(model))
+    line(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The CUDA-only code, run on a CPU under fakes: every access is ordered, and memory is exact.
+
+No GPU is needed; what only a GPU can show is in test_gpu*.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import offload
+from offload.tiers.copy import STAGING_BUFFERS, STAGING_BYTES, CudaCopier, Mark
+from offload.tiers.spec import MIB
+from tests import fakecuda
+from tests.framed import Watched, adamw, tuning
+
+HOST = "49MiB"  # the staging of both directions is 48
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> fakecuda.Device:
+    return fakecuda.install(monkeypatch)
+
+
+def train(zoo: Any, name: str, folder: Path, steps: int = 4, **how: Any) -> Any:
+    model = zoo.build(name)
+    watched = Watched(
+        model, folder, optimizer=adamw(model), memory="420KiB", host=HOST,
+        how=tuning(None, **how),
+    )  # fmt: skip
+    run = zoo.train(name, model, watched.optimizer, steps=steps)
+    watched.close()
+    return run
+
+
+@pytest.mark.parametrize("prefetch", [False, True], ids=["demand", "planned"])
+def test_no_access_is_left_to_chance(
+    prefetch: bool, fake: fakecuda.Device, zoo: Any, tmp_path: Path
+) -> None:
+    plain = zoo.build("llama-tied")
+    reference = zoo.train("llama-tied", plain, adamw(plain), steps=4)
+    assert zoo.same(train(zoo, "llama-tied", tmp_path, prefetch=prefetch), reference)
+    assert len(fake.written) > 3
+    assert fake.races == []
+    assert fake.runtime.pinned == {}, "what was pinned is released"
+
+
+def _read_at_once(self: CudaCopier, mark: Mark) -> None:
+    """Compute does not wait for the copy."""
+
+
+def _write_at_once(self: Any, address: int) -> None:
+    """The copy does not wait for compute."""
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "broken", "race"),
+    [
+        (fakecuda.Copier, "arrive", _read_at_once, "read too early"),
+        (fakecuda.Memory, "vacant", _write_at_once, "overwritten too early"),
+    ],
+)
+def test_a_missing_wait_is_found(
+    owner: type, method: str, broken: Any, race: str, fake: fakecuda.Device, zoo: Any,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(owner, method, broken)
+    train(zoo, "llama", tmp_path, steps=2)
+    assert race in fake.races
+
+
+def test_a_gradient_that_leaves_without_a_wait_is_found(fake: fakecuda.Device) -> None:
+    copier = fakecuda.Copier(fake)
+    grad, there = torch.arange(6.0), torch.zeros(6)
+    copier.download(grad, there, copier.ready())
+    assert fake.races == []
+    assert torch.equal(grad, there)
+    mark = copier.ready()
+    mark.vacant = None
+    copier.download(grad, there, mark)
+    assert fake.races == ["a gradient left too early"]
+    copier.close()
+
+
+def test_pinned_bytes_are_exact_and_debited(
+    fake: fakecuda.Device, zoo: Any, tmp_path: Path
+) -> None:
+    wanted = [STAGING_BYTES] * 2 * STAGING_BUFFERS
+    model = zoo.build("llama")
+    with pytest.raises(offload.BudgetError, match="staging for copies"):
+        Watched(model, tmp_path, host="48MiB")
+    fake.runtime.pinned.clear()
+    watched = Watched(zoo.build("llama"), tmp_path, host=HOST)
+    assert sorted(fake.runtime.pinned.values()) == wanted
+    assert watched.runtime.parts.engine.ledger.fixed_bytes >= sum(wanted)
+    watched.close()
+
+
+def test_pages_that_cannot_be_pinned_are_said_and_work(
+    fake: fakecuda.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.runtime.code = 304
+    with pytest.warns(RuntimeWarning, match="could not be pinned.*CUDA error 304"):
+        copier = fakecuda.Copier(fake)
+    source = torch.arange(5 * MIB, dtype=torch.float32)  # more than all buffers hold
+    target, back = torch.zeros(5 * MIB, dtype=torch.bfloat16), torch.zeros(5 * MIB)
+    copier.upload(source, target, Mark())
+    assert torch.equal(target, source.bfloat16())
+    copier.download(target, back, copier.ready())
+    assert torch.equal(back, target.float())
+    copier.close()
+
+
+def test_frames_take_what_the_allocator_counts(fake: fakecuda.Device) -> None:
+    memory = fakecuda.Memory(fake)
+    held = [memory.held_bytes(n) for n in (1, 512, MIB, MIB + 1, 64 * MIB)]
+    assert held == [512, 512, MIB, 2 * MIB, 64 * MIB]
+
+
+def test_a_pass_on_another_stream_waits_for_the_last(fake: fakecuda.Device) -> None:
+    memory = fakecuda.Memory(fake)
+    address = memory.allocate(512)
+    fake.compute.tick()
+    other = fakecuda.Stream()
+    with fake.use(other):
+        memory.follow()
+    assert other.clock[id(fake.compute)] == fake.compute.clock[id(fake.compute)]
+    memory.retire(address)
+    event: Any = memory.vacant(address)
+    assert event.seen[id(other)] > 0

@@ -1,0 +1,164 @@
+"""scripts/gpu_check: parts are resumed, cut and counted right; its programs run emulated."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bench_can_be_imported() -> Iterator[None]:
+    sys.path.insert(0, str(BENCH))
+    yield
+    sys.path.remove(str(BENCH))
+
+
+class Check:
+    """The command over made-up tasks, which note in a file that they were run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runner: Any = importlib.import_module("gpu.runner")
+        self.check: Any = importlib.import_module("gpu.check")
+        self.parts: list[Any] = []
+
+    def part(self, *tasks: tuple[str, str], limit_s: float = 60.0) -> None:
+        """One more part; each task is a name and the code that it runs after noting its name."""
+        number, noted = len(self.parts) + 1, self.folder / "ran"
+        made = tuple(
+            self.runner.Task(
+                name,
+                (sys.executable, "-c", f"open({str(noted)!r}, 'a').write('{name} ')\n{code}"),
+                30.0,
+            )
+            for name, code in tasks
+        )
+        self.parts.append(self.runner.Part(number, f"p{number}", "made up", made, limit_s))
+
+    def __call__(self, *args: str) -> int:
+        out = ["--out", str(self.folder / "out"), "--results", str(self.folder / "results")]
+        return int(self.check.main([*out, "--emulated", *args], self.parts))
+
+    @property
+    def ran(self) -> list[str]:
+        noted = self.folder / "ran"
+        return noted.read_text().split() if noted.exists() else []
+
+    @property
+    def found(self) -> dict[str, Any]:
+        (file,) = (self.folder / "results").glob("emulated-*.json")
+        parts: dict[str, Any] = json.loads(file.read_text())["parts"]
+        return parts
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Check:
+    return Check(tmp_path)
+
+
+ROW = """print('ROW {"n": %d}', flush=True)"""
+
+
+def test_what_is_finished_is_not_run_again(
+    check: Check, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check.part(("a", ROW % 1), ("b", ROW % 2))
+    check.part(("c", ROW % 3))
+    assert check("--part", "1") == 0
+    assert check() == 0
+    assert check.ran == ["a", "b", "c"]
+    assert "part 1 p1: finished already" in capsys.readouterr().out
+    assert check("--part", "2", "--again") == 0
+    assert check.ran == ["a", "b", "c", "c"]
+    assert check.found["p1"]["b"]["rows"] == [{"n": 2}]
+    assert check("--list") == 0
+    assert "2 of 2 done" in capsys.readouterr().out
+
+
+def test_a_failure_stops_neither_the_next_task_nor_the_next_part(check: Check) -> None:
+    why = f"on purpose in {check.folder / 'out' / 'there'}"
+    check.part(("bad", f"{ROW % 1}\nraise ValueError({why!r})"), ("good", ROW % 2))
+    check.part(("next", ROW % 3))
+    assert check() == 1
+    assert check.ran == ["bad", "good", "next"]
+    bad = check.found["p1"]["bad"]
+    assert (bad["status"], bad["rows"]) == ("failed", [{"n": 1}])
+    assert bad["why"] == "ValueError: on purpose in OUT/there"
+    assert check.found["p2"]["next"]["status"] == "done"
+
+
+def test_what_was_found_before_a_cut_is_kept_and_the_rest_resumed(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check.runner, "LEAST_S", 0.5)
+    child = "import subprocess, sys, time\nsubprocess.Popen(['sleep', '60'])\n"
+    check.part(
+        ("quick", ROW % 1), ("slow", f"{child}{ROW % 2}\ntime.sleep(60)"), ("after", ROW % 3),
+        limit_s=2.5,
+    )  # fmt: skip
+    assert check() == 1
+    slow = check.found["p1"]["slow"]
+    assert (slow["status"], slow["rows"]) == ("cut", [{"n": 2}])
+    assert "after" not in check.found["p1"]
+    state = check.runner.State.of(check.folder / "out")
+    state.put(check.parts[0], check.parts[0].tasks[1], slow | {"cuts": check.runner.CUTS})
+    assert check() == 0, "what was cut too often is left alone"
+    assert check.ran == ["quick", "slow", "after"]
+
+
+def test_what_needs_cuda_is_shown_as_such(check: Check) -> None:
+    parts: Any = importlib.import_module("gpu.parts")
+    every = parts.Catalogue(check.folder, emulated=True).parts()
+    told = {task.name: task.not_run for part in every for task in part.tasks}
+    assert told["mechanism"] == "needs CUDA"
+    assert not told["1.3b none 1x4096 plain"]
+    on_a_gpu = parts.Catalogue(check.folder, emulated=False).parts()
+    assert not any(task.not_run for part in on_a_gpu for task in part.tasks)
+    assert [part.number for part in every] == list(range(1, len(every) + 1))
+    assert max(part.limit_s for part in every) <= 540
+    assert every[0].name == "parity"
+    check.parts = [every[1].__class__(1, "p", "", (every[1].tasks[1],))]
+    assert check() == 0
+    assert check.found["p"]["mechanism"] == {
+        "status": "not run", "why": "needs CUDA", "rows": [], "seconds": 0.0, "cuts": 0,
+    }  # fmt: skip
+
+
+def test_every_program_takes_the_arguments_that_it_is_given(check: Check) -> None:
+    parts: Any = importlib.import_module("gpu.parts")
+    for part in parts.Catalogue(check.folder, emulated=False).parts():
+        for task in part.tasks:
+            file = Path(task.command[1])
+            assert file.exists()
+            if file.name not in ("tests.py", "probe.py", "mechanism.py"):
+                assert f'"{task.command[2]}"' in file.read_text() or task.command[2] in parts.PEERS
+
+
+def test_a_training_part_runs_emulated(tmp_path: Path) -> None:
+    """The whole command, as on a GPU but for shapes and device: rows, reports, results."""
+    out, results = tmp_path / "out", tmp_path / "results"
+    script = BENCH.parent / "scripts" / "gpu_check"
+    done = subprocess.run(
+        [sys.executable, str(script), "--emulated", "--part", "11", "--out", str(out),
+         "--results", str(results)], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = results.glob("emulated-*.json")
+    (task,) = json.loads(file.read_text())["parts"]["disk"].values()
+    row = next(row for row in task["rows"] if "tokens_per_s" in row)
+    assert row["tflops"] == pytest.approx(
+        6 * row["parameters"] * row["tokens"] / row["step_s"] / 1e12
+    )
+    assert row["stats"]["device"]["uploaded_bytes"] > 0
+    assert row["stats"]["device"]["downloaded_bytes"] > 0
+    assert row["stats"]["tiers"]["device"]["peak_bytes"] <= 4 << 20
+    assert len(list((out / "reports").glob("*.json"))) == 2
