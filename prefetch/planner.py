@@ -105,12 +105,13 @@ def _held_bytes(trace: Trace, uses: Uses) -> Ints:
 def _reserves(unit_bytes: int, chunk_bytes: int, uses: int, spare_bytes: int) -> list[int]:
     """Reserves to try, ascending: parts and multiples of what the hungriest moment needs.
 
-    One chunk more than the least is often all that reading ahead wants.
+    In whole chunks: half of one lets reads begin in pairs, just before they are wanted. One more
+    than the least is often all that reading ahead wants.
     """
     factors: tuple[float, ...] = _RESERVES
     if uses > _LARGE_TRACE:
         factors = _ONE_RESERVE if uses > _HUGE_TRACE else _FEW_RESERVES
-    tries = {int(unit_bytes * f) for f in factors}
+    tries = {-(-int(unit_bytes * f) // max(chunk_bytes, 1)) * chunk_bytes for f in factors}
     if uses <= _LARGE_TRACE:
         tries |= {chunk_bytes, 2 * chunk_bytes}
     return sorted({min(size_bytes, spare_bytes) for size_bytes in tries})
