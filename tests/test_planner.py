@@ -318,3 +318,16 @@ def test_a_moment_that_was_held_up_buys_no_bytes() -> None:
         noisy = plan(replace(smooth, moments=tuple(moments)), DUPLEX, capacity_bytes).forecast
         moved_bytes = noisy.read_bytes + noisy.write_bytes
         assert moved_bytes <= 1.05 * (least.read_bytes + least.write_bytes)
+
+
+@pytest.mark.parametrize("halves", range(20, 36))
+def test_a_reserve_is_of_whole_chunks(halves: int) -> None:
+    """In half of one no read can begin, so reads would come in pairs, just before they are due."""
+    size, count = 2 * MIB, 20
+    pairs = [(c,) if c % 3 else (c, (c + 1) % count) for c in range(count)]
+    moments = [
+        Moment(Phase.FORWARD, tuple(Need(c, Access.READ) for c in pair), 0.0011, 0)
+        for pair in pairs
+    ]
+    trace = Trace(tuple(moments), (size,) * count, {})
+    assert plan(trace, ONE_DRIVE, halves * size // 2).reserve_bytes % size == 0
