@@ -82,6 +82,11 @@ class Track:
             return self.follower
         return Follower(self.follower.trace, without_reading_ahead(self.follower.plan))
 
+    def begin_anew(self, trace: Trace) -> None:
+        """Steps go this way from now on; what others took tells nothing of it."""
+        self.trace, self.stale, self.borrowed = trace, True, False
+        self.beside.clear()
+
     def stats(self) -> dict[str, Any]:
         """See docs/stats.md."""
         plan = self.follower.plan if self.follower is not None else None
@@ -279,11 +284,11 @@ class Steps:
     def _learn(self, track: Track, trace: Trace, *, watched: bool) -> None:
         old = track.trace
         if old is None or track.follower is None or track.borrowed:
-            track.trace, track.stale, track.borrowed = trace, True, False
+            track.begin_anew(trace)
         elif [m.key for m in trace.moments] != [m.key for m in old.moments]:
             strays = track.follower.strays + abs(len(trace.moments) - len(old.moments))
             if strays > STRAY_SHARE * len(old.moments):
-                track.trace, track.stale = trace, True
+                track.begin_anew(trace)
         elif watched:
             more = any(m.other_bytes > n.other_bytes
                        for m, n in zip(trace.moments, old.moments, strict=True))  # fmt: skip
