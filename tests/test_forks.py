@@ -1,4 +1,4 @@
-"""A loop that takes another way through its model while the engine still learns how long it takes."""
+"""A loop that takes another way through its model while the engine still learns its times."""
 
 from __future__ import annotations
 
