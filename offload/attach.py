@@ -15,6 +15,7 @@ from offload.optim.clip import GradNorms
 from offload.optim.mirror import OptimizerProfile
 from offload.optim.narrow import Narrowing
 from offload.optim.step import ChunkedStep, Clip
+from offload.residents import Levels, Residents, Trained
 from offload.run import Runtime
 from offload.steps import Kind
 from offload.update import NotedGradients, UpdateStore
@@ -42,6 +43,7 @@ def attach(
     parts = run.parts
     if run.optimizer is None or learnt is None:
         _attach_model(run, None)
+        _attach_residents(run, None, lambda: None)
         return
     store = UpdateStore(parts.engine, parts.binding, learnt, run.optimizer)
     clip, on_grad = None, None
@@ -62,6 +64,33 @@ def attach(
         optimizer,
         lambda: ChunkedStep(optimizer, learnt, store, clip=clip, narrowing=narrowing),
     )
+    assert parts.stepper is not None
+    trained = Trained(
+        optimizer, learnt, parts.stepper.adopt_state, offers=narrowing.state_dtype is None
+    )
+    _attach_residents(run, trained, store.replan)
+
+
+def _attach_residents(run: Runtime, trained: Trained | None, replan: Callable[[], None]) -> None:
+    """Let weights come to live on the device."""
+    parts, device = run.parts, run.parts.device
+    if device is None or not device.settles:
+        return
+
+    def changed() -> None:
+        replan()
+        if parts.early is not None:
+            parts.early.renew()
+
+    def give_up() -> bool:
+        # Groups that are being updated early must not change while that goes on.
+        early = parts.early is not None and parts.early.active
+        assert device.residents is not None
+        return not (early and device.engine.phase.in_backward) and device.residents.give_up_one()
+
+    levels = Levels(device.engine.frames, device.engine.ledger, parts.engine, parts.binding)
+    device.residents = Residents(levels, device.place, device.dtype, trained, changed)
+    device.engine.give_up = give_up
 
 
 def _attach_model(run: Runtime, on_grad: OnGrad | None) -> None:

@@ -144,6 +144,8 @@ class Binding:
         self.families = list(families)
         self.homes: dict[nn.Parameter, Home] = {}
         self.away: set[str] = set()  # names whose data was seen to be elsewhere
+        self.residents: set[nn.Parameter] = set()  # that live on the device; see note_residents
+        self.stale: frozenset[int] = frozenset()  # chunks of nothing else: contents are rubbish
         self._grad_owners: dict[int, list[Home]] = {}
         for family in self.families:
             for i, (name, param) in enumerate(zip(family.names, family.params, strict=True)):
@@ -154,9 +156,21 @@ class Binding:
                     self._grad_owners.setdefault(chunk, []).append(home)
 
     def is_dead(self, chunk: int) -> bool:
-        """A gradient chunk that no living tensor refers to any more."""
+        """A gradient chunk that no living tensor refers to; a chunk of what lives on the device."""
         owners = self._grad_owners.get(chunk)
-        return owners is not None and not any(h.grad_is_held for h in owners)
+        if owners is None:
+            return chunk in self.stale
+        return not any(h.grad_is_held for h in owners)
+
+    def note_residents(self) -> None:
+        """`residents` was changed: find the chunks of weights and state that hold only theirs."""
+        mixed: set[int] = set()
+        whole: set[int] = set()
+        for home in self.homes.values() if self.residents else ():
+            regions = (home.family.weights, *home.family.states.values())
+            chunks = whole if home.param in self.residents else mixed
+            chunks.update(c for region in regions for c in region.chunks_of(home.index))
+        self.stale = frozenset(whole - mixed)
 
 
 def family_keys(

@@ -31,7 +31,9 @@ class Tuning:
     separate arena in host memory; ``device_chunk_bytes``: how much neighbours that share a frame
     may take. ``trust_versions``: copies on the device outlive passes; writes to weights through
     ``.data`` or numpy are then not seen before the next update. ``tapes``: what each planned step
-    does is noted, for ``runtime.report``; what that costs is in bench/recording.py.
+    does is noted, for ``runtime.report``; what that costs is in bench/recording.py. ``residents``:
+    weights for which the device has room live and are updated there (offload/residents.py); on
+    CUDA, whose kernels round otherwise than the CPU's, numbers then depend on ``device_memory``.
     """
 
     chunk_bytes: int | None = None
@@ -44,6 +46,7 @@ class Tuning:
     device_chunk_bytes: int | None = None
     trust_versions: bool = False
     tapes: bool = True
+    residents: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,9 @@ def _describe_optimizer(
             full = f"{names[param]}::{key}"
             if isinstance(value, Tensor):
                 found.setdefault(key, {})[full] = value
-                where = value.device.type
+                # Weights that live on the device come back before a checkpoint is loaded.
+                resident = param in run.parts.binding.residents
+                where = "cpu" if resident else value.device.type
                 row[key] = {"$state": [code_of(full, value.dtype), list(value.shape), where]}
             else:
                 row[key] = encode(value, full, values)

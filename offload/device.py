@@ -253,6 +253,10 @@ class DeviceSpace:
                 return True
         return False
 
+    def params_of(self, chunk: int) -> tuple[nn.Parameter, ...]:
+        """The parameters whose copies stand in a chunk."""
+        return self._sources[chunk].params
+
     def param_at(self, chunk: int, offset_bytes: int) -> nn.Parameter:
         """The parameter whose elements stand at this offset of a chunk."""
         params = self._sources[chunk].params

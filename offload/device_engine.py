@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any, NoReturn, cast
 
 import torch
@@ -17,10 +19,11 @@ from offload.ledger import Ledger, Other
 from offload.outgoing import Outgoing
 from offload.prefetch.plan import Ops
 from offload.prefetch.trace import Access, Need, Phase
+from offload.residents import Residents
 from offload.steps import Kind, Steps
 from offload.tape import Tape
 from offload.tiers.home import Chunk, HomeSpace
-from offload.tiers.spec import format_size
+from offload.tiers.spec import GIB, format_size
 
 
 class DeviceEngine(Engine):
@@ -34,6 +37,7 @@ class DeviceEngine(Engine):
         self._owed: set[int] = set()  # wanted by the plan, given up at the end of a pass
         self._put_off: set[int] = set()  # planned drops of chunks that tensors still refer to
         self._largest_result = 0  # bytes of an operation's result in a watched forward pass
+        self.give_up: Callable[[], bool] = lambda: False  # of what lives here: frees some of it
 
     def need(self, phase: Phase, needs: tuple[Need, ...]) -> None:
         self.frames.phase = phase
@@ -117,6 +121,10 @@ class DeviceEngine(Engine):
         self._put_off |= viewed
         super()._issue(Ops(tuple(c for c in ops.drops if c not in viewed), ops.loads))
 
+    def _abandon_a_load(self, keep: set[int]) -> bool:
+        """Before the last resort is to refuse: weights that live here can go home."""
+        return super()._abandon_a_load(keep) or self.give_up()
+
     def _drop_late(self) -> None:
         for c in [c for c in self._put_off if not self._is_viewed(c)]:
             self._put_off.discard(c)
@@ -183,6 +191,9 @@ class DeviceEngine(Engine):
         )
 
 
+UNMEASURED_BYTES_PER_S = 8.0 * GIB  # a copy's rate, until a recorded step has measured it
+
+
 @dataclass(slots=True, eq=False)
 class Device:
     """The device level of a run.
@@ -196,8 +207,32 @@ class Device:
     engine: DeviceEngine
     steps: Steps
     trust_versions: bool = False
+    settles: bool = False  # weights may come to live there; see offload.residents
     outgoing: Outgoing | None = None  # gradients leave beside the backward pass
+    residents: Residents | None = None  # weights that live on the device
     aside_bytes: int = 0  # of the budget, for what the account does not know
+
+    def lives_here(self, tensor: Tensor) -> bool:
+        """Whether a saved tensor is a weight that lives on the device."""
+        return self.residents is not None and self.residents.holds(tensor)
+
+    def settle_residents(self, host: Steps) -> None:
+        """A pass begins. Between steps, weights come for which the last step left room."""
+        residents = self.residents
+        if residents is None:
+            return
+        residents.begin_pass()
+        if host.current is None:
+            trace = self.steps.tracks[residents.kind].trace
+            if trace is not None:
+                residents.consider(trace, host.tracks[residents.kind].trace, self._up_bytes_per_s())
+            if residents.take_moved():
+                for steps, kind in product((host, self.steps), Kind):
+                    steps.forget(kind)
+
+    def _up_bytes_per_s(self) -> float:
+        meter = self.engine.frames.lanes["read"].meter
+        return meter.moved_bytes / meter.busy_s if meter.busy_s else UNMEASURED_BYTES_PER_S
 
     def end_pass(self) -> None:
         """User code runs from here."""
@@ -246,6 +281,7 @@ class Device:
             "used_bytes": ledger.used_bytes,
             "peak_bytes": ledger.peak_bytes,
             "peak_other_bytes": ledger.peak_other_bytes,
+            "resident_bytes": self.residents.bytes if self.residents is not None else 0,
         }
 
     def stats(self, kind: Kind) -> dict[str, Any]:

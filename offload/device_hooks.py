@@ -61,7 +61,7 @@ class DeviceHooks:
         level = device.engine
         activations = Activations(self._take_activation, level.given_back.append)
         self._saved = SavedInFrames(
-            level.frames, self._fetch_saved, activations, self._pass.running
+            level.frames, self._fetch_saved, activations, self._pass.running, device.lives_here
         )
         level.outlook.largest_gradient_bytes = max(
             (c.size_bytes for c in level.frames.chunks), default=0
@@ -106,6 +106,7 @@ class DeviceHooks:
             self._leave_contexts()  # an interrupt may have skipped the last leave
             self._end_pass()
             self._grads.nothing_in_flight()
+            self._device.settle_residents(self._levels[0])
             check_parameters(module, self._binding)
             self._host.trust.hooks = has_user_hooks(module)
             self._device.engine.frames.scrutiny.careful = self._host.trust.hooks
@@ -180,6 +181,8 @@ class DeviceHooks:
 
     def _read(self, param: nn.Parameter) -> Tensor:
         """What ``module.weight`` is: inside the model's forward and its recomputation, a Use."""
+        if param in self._binding.residents:
+            return self._read_resident(param)
         recomputes = torch.is_grad_enabled() and backward_runs()
         if not (recomputes or self._pass.running()):
             return param
@@ -201,6 +204,16 @@ class DeviceHooks:
         if param.requires_grad and torch.is_grad_enabled():
             alive = self._reads.note(param, again=recomputes)
             return Use.apply(param, view, self._gradient_out, alive)  # type: ignore[no-any-return]
+        return view
+
+    def _read_resident(self, param: nn.Parameter) -> Tensor:
+        """Of a weight that lives on the device: itself, or converted to what is computed in."""
+        assert self._device.residents is not None
+        view = self._device.residents.value(param)
+        if view is None or not (self._pass.running() or backward_runs()):
+            return param
+        if param.requires_grad and torch.is_grad_enabled():
+            return Use.apply(param, view, deliver_here, None)  # type: ignore[no-any-return]
         return view
 
     def _fetch_saved(self, param: nn.Parameter) -> None:
@@ -290,6 +303,11 @@ class DeviceHooks:
         self._pass.before = None
         while self._pass.contexts:
             self._pass.contexts.pop().__exit__(None, None, None)
+
+
+def deliver_here(param: nn.Parameter, grad: Tensor) -> Tensor:
+    """A gradient of a weight that lives where it is made."""
+    return deliver(grad, param)
 
 
 COMPILED = (

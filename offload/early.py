@@ -70,7 +70,8 @@ class EarlyUpdate:
             )
         if param not in self._board.expected:
             return
-        if not home.grad_is_home:  # handed on by whoever debited it while it was made
+        resident = param in self._binding.residents
+        if not home.grad_is_home and not resident:  # handed on by whoever debited it until now
             what = f"the gradient of {home.name}"
             self._engine.take_other(home.size_bytes, what, Other.GRADIENTS)
             self._kept[param] = home.size_bytes
@@ -121,6 +122,14 @@ class EarlyUpdate:
         self._board = self._board.again()
         if self.stepper is not None:
             self.stepper.forget_ahead()
+
+    def renew(self) -> None:
+        """Groups are others from now on: weights moved to the device, or came back."""
+        if self.active:
+            expected = self._board.expected
+            groups = self._store.groups()
+            self._board = _Board([g for g in groups if expected & {s.param for s in g.segments}],
+                                 expected)  # fmt: skip
 
     def end_step(self, steps: Steps) -> None:
         """``optimizer.step()`` is over: after the first one, decide whether to go on early."""

@@ -54,6 +54,8 @@ class GradientHomes:
             )
         if self._engine.tape is not None:
             self._engine.tape.mark(Mark.GRADIENT, home.name)
+        if home.param in self._binding.residents:
+            return  # it stays where it is made
         self._foreign.discard(home)
         if home.param.grad is not None and not home.grad_is_home:
             self._foreign.add(home)
@@ -67,7 +69,7 @@ class GradientHomes:
 
     def after(self, home: Home) -> None:
         """Autograd has added it."""
-        there = home.param.grad is not None
+        there = home.param.grad is not None and home.param not in self._binding.residents
         made = there and home not in self._foreign and not home.grad_is_home
         if made and not self._keeps(home):
             settle_gradient(self._engine, self._binding, home)

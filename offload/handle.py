@@ -52,6 +52,7 @@ def taken_over(model: nn.Module, optimizer: Optimizer | None, told: list[str]) -
             f"this model keeps the budgets that it was made with: leave {', '.join(told)} out of "
             "wrap(); offload.init() and offload.from_pretrained() take them"
         )
+    before.bring_home()
     before.parts.engine.evict_all()
     before.close()
     return before.given

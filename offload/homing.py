@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ def check_parameters(model: nn.Module, binding: Binding) -> None:
     """
     for name, param in model.named_parameters():
         home = binding.homes.get(param)
-        if home is None and not isinstance(param, nn.Parameter):
+        if (home is None and not isinstance(param, nn.Parameter)) or param in binding.residents:
             continue
         if home is None:
             raise OffloadError(
@@ -50,9 +52,21 @@ def check_parameters(model: nn.Module, binding: Binding) -> None:
 
 def copy_into(engine: Engine, region: Region, tensor: int, target: Tensor, source: Tensor) -> None:
     """Copy source [any shape] over a homed tensor of the same shape, one chunk at a time."""
+    _copy(engine, region, tensor, target, source, partial(_overwrite, engine))
+
+
+def copy_out(engine: Engine, region: Region, tensor: int, source: Tensor, target: Tensor) -> None:
+    """Copy a homed tensor to one of the same shape that is elsewhere, one chunk at a time."""
+    _copy(engine, region, tensor, target, source, lambda c: Need(c, Access.READ))
+
+
+def _copy(
+    engine: Engine, region: Region, tensor: int, target: Tensor, source: Tensor,
+    need: Callable[[int], Need],
+) -> None:  # fmt: skip
     ids = region.chunks_of(tensor)
-    if len(ids) == 1 or not (target.is_contiguous() and source.is_contiguous()):
-        engine.need(Phase.FORWARD, tuple(_overwrite(engine, c) for c in ids))
+    if len(ids) <= 1 or not (target.is_contiguous() and source.is_contiguous()):
+        engine.need(Phase.FORWARD, tuple(need(c) for c in ids))
         target.copy_(source)
         return
     start = region.layout.starts[tensor]
@@ -60,7 +74,7 @@ def copy_into(engine: Engine, region: Region, tensor: int, target: Tensor, sourc
     for c in ids:
         lo, hi = region.layout.chunk_range(c - region.chunk_ids.start)
         a, b = max(lo - start, 0), min(hi - start, target.numel())
-        engine.need(Phase.FORWARD, (_overwrite(engine, c),))
+        engine.need(Phase.FORWARD, (need(c),))
         to[a:b].copy_(of[a:b])
 
 

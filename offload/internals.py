@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
@@ -27,8 +27,8 @@ from offload.errors import OffloadError
 
 __all__ = [
     "TorchDispatchMode", "backward_runs", "calls_are_watched", "compiled", "fake_mode",
-    "in_transform", "quietly", "tree_flatten", "tree_leaves", "tree_map", "tree_map_only",
-    "tree_unflatten", "when_backward_ends",
+    "in_transform", "quietly", "storage_lives", "tree_flatten", "tree_leaves", "tree_map",
+    "tree_map_only", "tree_unflatten", "when_backward_ends",
 ]  # fmt: skip
 
 _FAKES = "torch._subclasses.fake_tensor"
@@ -100,6 +100,20 @@ def compiled(model: nn.Module) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def storage_lives(tensor: Tensor) -> Callable[[], bool]:
+    """Tells later whether any tensor or array over this tensor's memory is still alive.
+
+    Torch shares storages between processes by such references. Without them: always True, for
+    which weights stay where they are.
+    """
+    try:
+        from torch.multiprocessing.reductions import StorageWeakRef
+    except ImportError:
+        return lambda: True
+    reference: Any = StorageWeakRef(tensor.untyped_storage())
+    return lambda: not reference.expired()
 
 
 def fake_mode() -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from offload.bind import Binding
 from offload.config import Given, Tuning
 from offload.device import DeviceSpace, add_families, frame_dtype
-from offload.device_engine import Device, DeviceEngine
+from offload.device_engine import UNMEASURED_BYTES_PER_S, Device, DeviceEngine
 from offload.device_hooks import COMPILED
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
@@ -28,14 +28,13 @@ from offload.tiers.arena import CudaMemory, DeviceArena, PageMemory
 from offload.tiers.copy import Copier, CudaCopier, PlainCopier
 from offload.tiers.fake import AdversarialLane
 from offload.tiers.lane import Lane, ThreadLane
-from offload.tiers.spec import GIB, KIB, MIB, Machine, format_size
+from offload.tiers.spec import KIB, MIB, Machine, format_size
 from offload.watch import AllocatorWatch
 
 EMULATED = "emulated"
 DEVICE_SHARE = 0.8  # of free device memory, when no budget is given
 CPU_SHARE = 0.25  # of host_memory, for frames and activations of a compute type on the CPU
 LARGEST_CHUNK_BYTES = 64 * MIB  # of neighbours that share a frame; one tensor may be larger
-UNMEASURED_BYTES_PER_S = 8.0 * GIB  # a copy's rate, until a recorded step has measured it
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -151,7 +150,10 @@ def build_device(
         )
     # Where the device's memory is the host's, a cast on the spot is as good as a copy.
     outgoing = Outgoing(copier, _lane("d2h", tuning)) if place.own_memory else None
-    return Device(place.device, place.dtype, engine, steps, tuning.trust_versions, outgoing)
+    settles = place.own_memory and tuning.residents
+    return Device(
+        place.device, place.dtype, engine, steps, tuning.trust_versions, settles, outgoing
+    )
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -229,6 +229,7 @@ class Runtime:
 
         if self.parts.early is not None:
             self.parts.early.reset()
+        self.bring_home()  # they may come again, once a step was recorded
         return load(self, path, scheduler=scheduler)
 
     def export(self, path: str | os.PathLike[str]) -> None:
@@ -244,6 +245,7 @@ class Runtime:
         """
         if self.parts.stepper is not None:
             self.parts.stepper.widen_state()
+        self.bring_home()
         self._detach()
         release_all(self.parts.binding)
         if self.optimizer is not None:
@@ -258,12 +260,19 @@ class Runtime:
         """Stop the workers and close the spill file; parameters stay readable where they are."""
         if self.parts.kv is not None:
             self.parts.kv.close()
+        self.bring_home()
         self._detach()
         self.model.__dict__.pop("_offload", None)
         try:
             self.parts.engine.give_up_loads()
         finally:
             self.parts.engine.space.close()
+
+    def bring_home(self) -> None:
+        """Weights that live on the device are on the host again."""
+        device = self.parts.device
+        if device is not None and device.residents is not None:
+            device.residents.give_up_all()
 
     def __enter__(self) -> Runtime:
         return self

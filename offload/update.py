@@ -18,6 +18,9 @@ from offload.tape import Mark
 from offload.tiers import vm
 from offload.tiers.home import Backing, Region
 
+_Group = tuple[tuple[Segment, ...], tuple[Need, ...]]  # what is stepped together, and its chunks
+RESIDENT_GROUP_ELEMENTS = 1 << 24  # on the device: few calls, temporaries of 64 MiB each
+
 
 class UpdateStore:
     """Implements ``offload.optim.state.Store`` over homes.
@@ -35,14 +38,25 @@ class UpdateStore:
         self._optimizer = optimizer
         self._engine = engine
         self._binding = binding
-        self._plans: list[tuple[tuple[Segment, ...], tuple[Need, ...]]] = []
-        for family in binding.families:
-            if family.trained:
-                self._plans += _family_groups(family, profile)
-        self._homed = len(self._plans)
+        self._profile = profile
+        self._plans: list[_Group] = []
+        self.replan()
         engine.outlook.largest_update_bytes = sum(
             engine.space.chunks[c].size_bytes for c in self.largest_group
         )
+
+    def replan(self) -> None:
+        """Cut the update into groups, those of weights that live on the device last."""
+        residents = self._binding.residents
+        self._plans.clear()
+        for family in self._binding.families:
+            for segments, needs in _family_groups(family, self._profile) if family.trained else ():
+                homed = tuple(s for s in segments if s.param not in residents)
+                if homed:
+                    self._plans.append((homed, needs))
+        trained = [p for p in self._profile.params if p in residents]
+        self._plans += [(segments, ()) for segments in _on_device(trained, self._profile)]
+        self._homed = len(self._plans)
 
     @property
     def largest_group(self) -> tuple[int, ...]:
@@ -60,12 +74,12 @@ class UpdateStore:
         self._plans += self._strangers()
         return [UpdateGroup(i, s) for i, (s, _) in enumerate(self._plans)]
 
-    def _strangers(self) -> list[tuple[tuple[Segment, ...], tuple[Need, ...]]]:
+    def _strangers(self) -> list[_Group]:
         """Parameters with a gradient but no home for it: unfrozen or added after ``wrap``.
 
         Their gradients and state are plain tensors, outside the budget.
         """
-        groups: list[tuple[tuple[Segment, ...], tuple[Need, ...]]] = []
+        groups: list[_Group] = []
         for param in (p for g in self._optimizer.param_groups for p in g["params"]):
             home = self._binding.homes.get(param)
             homed = home is not None and home.family.trained and param.numel() > 0
@@ -94,7 +108,7 @@ class UpdateStore:
     def home_of_state(
         self, param: nn.Parameter, name: str, shape: torch.Size, dtype: torch.dtype
     ) -> Tensor | None:
-        home = self._binding.homes.get(param)
+        home = self._binding.homes.get(param) if param not in self._binding.residents else None
         tensor = home.state(name, shape, dtype) if home is not None else None
         if home is None or tensor is None:
             return None
@@ -135,9 +149,7 @@ class NotedGradients:
         return away and self._space.look() == self._epochs.get(param)
 
 
-def _family_groups(
-    family: Family, profile: OptimizerProfile
-) -> list[tuple[tuple[Segment, ...], tuple[Need, ...]]]:
+def _family_groups(family: Family, profile: OptimizerProfile) -> list[_Group]:
     if all(profile.params[p].elementwise and p.is_contiguous() for p in family.params):
         return [
             (
@@ -156,6 +168,27 @@ def _family_groups(
         segments = tuple(Segment(family.params[i], 0, family.params[i].numel()) for i in indices)
         groups.append((segments, _needs(family, tuple(chunks))))
     return groups
+
+
+def _on_device(
+    params: Sequence[nn.Parameter], profile: OptimizerProfile
+) -> list[tuple[Segment, ...]]:
+    """Groups of about so many elements, since an update's temporaries are of a group's size."""
+    groups: list[list[Segment]] = []
+    room = 0
+    for param in params:
+        numel = param.numel()
+        cuts = profile.params[param].elementwise and param.is_contiguous()
+        step = RESIDENT_GROUP_ELEMENTS if cuts else max(numel, 1)
+        for start in range(0, numel, step):
+            segment = Segment(param, start, min(start + step, numel))
+            size = segment.stop - segment.start
+            if room < size or not groups:
+                groups.append([])
+                room = RESIDENT_GROUP_ELEMENTS
+            groups[-1].append(segment)
+            room -= size
+    return [tuple(group) for group in groups]
 
 
 def _neighbours(family: Family) -> list[list[int]]:

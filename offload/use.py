@@ -115,8 +115,10 @@ class SavedInFrames:
         fetch: Callable[[nn.Parameter], None],
         activations: Activations,
         running: Callable[[], bool],
+        lives_here: Callable[[Tensor], bool] = lambda _: False,
     ) -> None:
         self._running = running
+        self._lives_here = lives_here
         self._space = space
         self._fetch = fetch
         self._activations = activations
@@ -124,6 +126,8 @@ class SavedInFrames:
     def pack(self, tensor: Tensor) -> SavedWeight | Saved:
         """Autograd saves a tensor."""
         if not self._running():  # an interrupt left these hooks behind
+            return Saved(tensor, (), None)
+        if self._lives_here(tensor):  # no activation
             return Saved(tensor, (), None)
         weight = self._find(tensor) if tensor.numel() else None
         return weight or Saved(tensor, (), self._activations)

@@ -126,6 +126,10 @@ class ChunkedStep:
         """Whether gradients are clipped on their way through the update."""
         return self._clip is not None
 
+    def adopt_state(self) -> None:
+        """Have state that is not in its home moved into it."""
+        self._homes.adopt()
+
     def widen_state(self) -> None:
         """Give the optimizer plain state of its own dtypes; all of it must fit in memory."""
         widen_state(self.narrowing, self._optimizer)

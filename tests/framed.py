@@ -22,7 +22,7 @@ MACHINE = Machine(2e9, 2e9, 1e9, 1e9, 8e9, 8e9)
 def tuning(seed: int | None = 5, **changes: Any) -> Tuning:
     values: dict[str, Any] = {
         "chunk_bytes": 16384, "device_chunk_bytes": 24 * 1024, "machine": MACHINE,
-        "poison": True, "adversary": seed,
+        "poison": True, "adversary": seed, "residents": False,
     }  # fmt: skip
     return Tuning(**(values | changes))
 

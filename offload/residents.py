@@ -1,0 +1,323 @@
+"""Weights that live on the device: where it has room for them beside what a step takes.
+
+A frame's copy does not outlive a pass, since users may write to the weight (see offload.device).
+A weight that lives here is no copy: the parameter *is* the tensor on the device, its gradient and
+optimizer state stand beside it, and the user's optimizer updates it there. Nothing of it crosses
+the bus. Its home on the host stays reserved, so that it can go back when the room is wanted.
+
+When a step was recorded, it is known what the step takes; at the begin of the next one, while
+there are no gradients, weights move (PatrickStar's warm-up, for placement on the device).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from offload.bind import Binding, tensor_at
+from offload.device import DeviceSpace
+from offload.engine import Engine
+from offload.homing import copy_into, copy_out
+from offload.internals import storage_lives
+from offload.ledger import Ledger
+from offload.optim.mirror import OptimizerProfile
+from offload.prefetch.resident import Offer, choose_residents
+from offload.prefetch.trace import Trace
+from offload.steps import Kind
+from offload.update import RESIDENT_GROUP_ELEMENTS
+
+UPDATE_BYTES = 3 * 4 * RESIDENT_GROUP_ELEMENTS  # temporaries of an update on the device
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """The two levels between which weights move."""
+
+    space: DeviceSpace
+    ledger: Ledger  # of the device
+    host: Engine
+    binding: Binding
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What moves with a trained weight. ``adopt``: have state that came back put into its homes.
+
+    ``offers``: whether trained weights may live on the device; where state is stored narrowed not.
+    """
+
+    optimizer: Optimizer
+    profile: OptimizerProfile
+    adopt: Callable[[], None]
+    offers: bool
+
+    def state_bytes(self, param: nn.Parameter) -> int:
+        """Bytes of a parameter's state."""
+        known = self.profile.params.get(param)
+        return sum(t.size_bytes for t in known.state) if known is not None else 0
+
+    def counts_there(self, param: nn.Parameter) -> bool:
+        """Whether 0-dim state (the step) has to be where the parameter is."""
+        groups = (g for g in self.optimizer.param_groups if any(p is param for p in g["params"]))
+        return any(g.get("fused") or g.get("capturable") for g in groups)
+
+
+class Converted:
+    """Weights that live on the device, in the type that is computed in, for the pass under way.
+
+    ``storages``: addresses of what is no activation, weights and converted ones.
+    """
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.storages: set[int] = set()
+        self._dtype = dtype
+        self._made: dict[nn.Parameter, Tensor] = {}
+
+    def needs(self, param: nn.Parameter) -> bool:
+        """Whether this weight is computed with in another type than its own."""
+        return self._dtype not in (None, param.dtype) and param.is_floating_point()
+
+    def size_bytes(self, param: nn.Parameter) -> int:
+        """Of a converted copy; 0 where none is needed."""
+        if self._dtype is None or not self.needs(param):
+            return 0
+        return param.numel() * self._dtype.itemsize
+
+    def of(self, param: nn.Parameter) -> Tensor:
+        """The copy, one for all uses in a pass."""
+        if param not in self._made:
+            with torch.inference_mode(False), torch.no_grad():
+                self._made[param] = made = param.detach().to(self._dtype)
+            self.storages.add(made.untyped_storage().data_ptr())
+        return self._made[param]
+
+    def clear(self) -> None:
+        """Another pass begins. What autograd saved of this one stays as long as it needs it."""
+        for tensor in self._made.values():
+            self.storages.discard(tensor.untyped_storage().data_ptr())
+        self._made.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """``up_bytes_per_s``: of a copy to the device; ``update_s``: of one element on the host."""
+
+    up_bytes_per_s: float
+    update_s: float
+
+
+class Residents:
+    """Decides which chunks of the device level live there, and moves them.
+
+    ``place``, ``dtype``: where, and what is computed in (None: as weights are). ``changed`` is
+    called after weights moved. Lives as long as the run; `consider` at the begin of a step.
+    """
+
+    def __init__(
+        self, levels: Levels, place: torch.device, dtype: torch.dtype | None,
+        trained: Trained | None, changed: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self.chunks: dict[int, int] = {}  # that live here, and what each takes, in bytes
+        self._levels = levels
+        self._place = place
+        self._trained = trained
+        self._changed = changed
+        self._given_up: set[int] = set()  # came back under pressure, or somebody holds their memory
+        self._computed = Converted(dtype)
+        self._seen: Trace | None = None  # that the last decision was made from
+        self._moved = False
+
+    @property
+    def bytes(self) -> int:
+        """What they take of the device."""
+        return sum(self.chunks.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether every weight lives here."""
+        return len(self.chunks) == len(self._levels.space.chunks) > 0
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor that autograd saves is a weight that lives here, or a view of one."""
+        return tensor.untyped_storage().data_ptr() in self._computed.storages
+
+    def begin_pass(self) -> None:
+        """Weights may have been written to: they are converted anew."""
+        self._computed.clear()
+
+    def value(self, param: nn.Parameter) -> Tensor | None:
+        """What to compute with, where that is not the parameter itself."""
+        return self._computed.of(param) if self._computed.needs(param) else None
+
+    # -- deciding ---------------------------------------------------------------------------
+
+    @property
+    def kind(self) -> Kind:
+        """Of the steps that tell what room there is."""
+        return Kind.TRAIN if self._trained is not None else Kind.INFER
+
+    def consider(self, trace: Trace, host: Trace | None, up_bytes_per_s: float) -> None:
+        """Bring here what a recorded step leaves room for; once. No step may be under way.
+
+        ``host``: the same step as the host saw it, whose update tells what updating there costs.
+        """
+        if self._seen is trace or self.chunks:
+            return
+        self._seen = trace
+        rates = Rates(up_bytes_per_s, self._update_s(host))
+        aside_bytes = UPDATE_BYTES if self._trained and self._place.type == "cuda" else 0
+        offers = [self._offer(c.id, trace, rates) for c in self._levels.space.chunks]
+        capacity_bytes = self._levels.ledger.capacity_bytes
+        possible = [offer for offer in offers if offer is not None]
+        chosen = choose_residents(trace, possible, capacity_bytes, aside_bytes=aside_bytes)
+        costs = {offer.chunk: offer.cost_bytes for offer in possible}
+        for chunk in chosen:
+            if not self._bring(chunk, costs[chunk]):
+                self._given_up.add(chunk)
+        if self.chunks:
+            self._settle()
+
+    def _update_s(self, host: Trace | None) -> float:
+        """Seconds of an update on the host, for each element, as a recorded step took them."""
+        homes = self._levels.binding.homes.values()
+        elements = sum(h.param.numel() for h in homes if h.family.trained)
+        moments = host.moments if host is not None else ()
+        return sum(m.compute_s for m in moments if m.phase.updates) / max(elements, 1)
+
+    def _offer(self, chunk: int, trace: Trace, rates: Rates) -> Offer | None:
+        params = self._levels.space.params_of(chunk)
+        trains = [p for p in params if self._levels.binding.homes[p].family.trained]
+        if chunk in self._given_up or any(p.grad is not None for p in params):
+            return None
+        if trains and (self._trained is None or not self._trained.offers):
+            return None
+        frame_bytes = self._levels.space.chunks[chunk].size_bytes
+        passes = len({m.phase for m in trace.moments if any(n.chunk == chunk for n in m.needs)})
+        cost_bytes = sum(self._cost_bytes(p) for p in params)
+        spared_s = passes * frame_bytes / rates.up_bytes_per_s
+        if trains:
+            elements = sum(p.numel() for p in trains)
+            spared_s += frame_bytes / rates.up_bytes_per_s + elements * rates.update_s
+        return Offer(chunk, cost_bytes, spared_s)
+
+    def _cost_bytes(self, param: nn.Parameter) -> int:
+        held_bytes = self._levels.space.pool.memory.held_bytes
+        cost_bytes = held_bytes(param.nbytes)
+        cost_bytes += held_bytes(self._computed.size_bytes(param))
+        if self._trained is not None and self._levels.binding.homes[param].family.trained:
+            cost_bytes += held_bytes(param.nbytes) + self._trained.state_bytes(param)
+        return cost_bytes
+
+    # -- moving -----------------------------------------------------------------------------
+
+    def _bring(self, chunk: int, cost_bytes: int) -> bool:
+        """Have a chunk's weights live here; False where that cannot be."""
+        moved: list[nn.Parameter] = []
+        for param in self._levels.space.params_of(chunk):
+            if not self._bring_one(param):
+                self._return(moved)
+                return False
+            moved.append(param)
+        self.chunks[chunk] = cost_bytes
+        self._levels.ledger.fixed_bytes += cost_bytes
+        return True
+
+    def _bring_one(self, param: nn.Parameter) -> bool:
+        home, host = self._levels.binding.homes[param], self._levels.host
+        if param.data_ptr() != home.address:
+            return False  # given other data by the user
+        try:
+            target = torch.empty_strided(
+                param.shape, param.stride(), dtype=param.dtype, device=self._place
+            )
+        except torch.OutOfMemoryError:
+            return False  # others took of the device
+        copy_out(host, home.family.weights, home.index, param.detach(), target)
+        lives = storage_lives(param.data)
+        param.data = target
+        if lives():  # a view or an array of the user's: it must go on to show the weight
+            param.data = tensor_at(home.family.weights, home.index, param.data.to("meta"))
+            return False
+        self._levels.binding.residents.add(param)
+        self._computed.storages.add(param.untyped_storage().data_ptr())
+        self._move_state(param, self._place)
+        return True
+
+    def give_up_one(self) -> bool:
+        """Room is wanted: send one chunk home. False: none is left.
+
+        What autograd still holds of it is freed when that lets go.
+        """
+        if not self.chunks:
+            return False
+        chunk = next(reversed(self.chunks))
+        self._given_up.add(chunk)
+        self._send_home([chunk])
+        return True
+
+    def give_up_all(self) -> None:
+        """Everything goes home. After a recorded step it may come again."""
+        if self.chunks:
+            self._send_home(list(self.chunks))
+
+    def _send_home(self, chunks: list[int]) -> None:
+        params = [p for c in chunks for p in self._levels.space.params_of(c)]
+        self._return(params)
+        self._levels.ledger.fixed_bytes -= sum(self.chunks.pop(c) for c in chunks)
+        self._settle()
+
+    def _return(self, params: list[nn.Parameter]) -> None:
+        host, binding = self._levels.host, self._levels.binding
+        binding.residents.difference_update(params)
+        binding.note_residents()  # before anything is put into homes that nobody needed
+        for param in params:
+            home, here = binding.homes[param], param.detach()
+            self._computed.storages.discard(here.untyped_storage().data_ptr())
+            target = tensor_at(home.family.weights, home.index, here.to("meta"))
+            copy_into(host, home.family.weights, home.index, target, here)
+            grad, param.grad = param.grad, None
+            param.data = target
+            if grad is not None:
+                param.grad = grad.to(target.device)
+            self._move_state(param, target.device)
+        if self._trained is not None:
+            self._trained.adopt()
+
+    def _move_state(self, param: nn.Parameter, place: torch.device) -> None:
+        trained = self._trained
+        entries: dict[str, Any] = trained.optimizer.state.get(param, {}) if trained else {}
+        home = self._levels.binding.homes[param]
+        for name, value in entries.items():
+            if not isinstance(value, Tensor):
+                continue
+            if value.dim() == 0:
+                assert trained is not None
+                entries[name] = value.to(place if trained.counts_there(param) else "cpu")
+                continue
+            target = torch.empty_like(value, device=place)
+            region = home.family.states.get(name)
+            if region is not None and region.layout is home.family.layout:
+                copy_out(self._levels.host, region, home.index, value, target)
+            else:
+                target.copy_(value)
+            entries[name] = target
+
+    def take_moved(self) -> bool:
+        """Whether weights moved since the last call: steps touch other chunks from now on."""
+        moved, self._moved = self._moved, False
+        return moved
+
+    def _settle(self) -> None:
+        """Homes that nobody needs any more are given up; those who plan updates are told."""
+        self._moved = True
+        binding, host = self._levels.binding, self._levels.host
+        binding.note_residents()
+        if host.space.disk is not None:
+            frames = (c.id for c in host.space.chunks if c.frame is not None)
+            host.evict([c for c in frames if binding.is_dead(c)])
+        self._changed()

@@ -1,0 +1,77 @@
+"""Which chunks live on the device for good: those that spare a step most seconds for a byte.
+
+What lives there needs no copy and is updated there; what it takes of the device is gone for the
+frames of the rest. Of chunks that are worth the same, some of every stretch of the model are
+taken: while those are computed with, the next of the others come over the bus. (A stretch that
+lives there as a whole would leave the bus idle, and the rest waiting for it.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offload.prefetch.trace import Trace
+
+_GOLDEN = 0.6180339887498949  # its multiples are spread evenly over [0, 1), however many there are
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A chunk that could live on the device.
+
+    ``cost_bytes``: of its weights there, with gradients and optimizer state where it is trained.
+    ``spared_s``: what each step then is spared of copies and of updating elsewhere.
+    """
+
+    chunk: int
+    cost_bytes: int
+    spared_s: float
+
+
+def choose_residents(
+    trace: Trace, offers: Sequence[Offer], capacity_bytes: int, *, aside_bytes: int = 0
+) -> tuple[int, ...]:
+    """Chunks that shall live on the device, in the order of what they are worth.
+
+    ``trace``: a step in which none does. ``capacity_bytes``: for frames, other memory and
+    residents. ``aside_bytes``: what an update of residents takes for a moment. All of them where
+    all fit beside the trace's other memory; else what is left beside the hungriest moment and the
+    two largest chunks, read ahead.
+    """
+    touched = {n.chunk for m in trace.moments for n in m.needs}
+    useful = [offer for offer in offers if offer.chunk in touched]
+    if not useful:
+        return ()
+    other_bytes = max(m.other_bytes for m in trace.moments)
+    everything_bytes = sum(offer.cost_bytes for offer in useful)
+    complete = touched <= {offer.chunk for offer in useful}
+    if complete and everything_bytes + max(other_bytes, aside_bytes) <= capacity_bytes:
+        return tuple(offer.chunk for offer in _by_worth(useful))
+    spare_bytes = capacity_bytes - max(_hungriest_bytes(trace), aside_bytes)
+    spare_bytes -= sum(sorted((trace.chunk_bytes[c] for c in touched), reverse=True)[:2])
+    chosen = []
+    for offer in _by_worth(useful):
+        if offer.cost_bytes <= spare_bytes:
+            spare_bytes -= offer.cost_bytes
+            chosen.append(offer.chunk)
+    return tuple(chosen)
+
+
+def _hungriest_bytes(trace: Trace) -> int:
+    """Of the moment that holds most: its chunks and what is not chunks."""
+    return max(
+        m.other_bytes + sum(trace.chunk_bytes[c] for c in {n.chunk for n in m.needs})
+        for m in trace.moments
+    )
+
+
+def _by_worth(offers: Sequence[Offer]) -> list[Offer]:
+    """The most seconds a byte first; of equal ones a few of each stretch."""
+
+    def worth(indexed: tuple[int, Offer]) -> tuple[float, float]:
+        i, offer = indexed
+        per_byte = offer.spared_s / max(offer.cost_bytes, 1)
+        return -float(f"{per_byte:.2e}"), i * _GOLDEN % 1.0
+
+    return [offer for _, offer in sorted(enumerate(offers), key=worth)]
