@@ -58,11 +58,18 @@ def attach(
         parts.early = EarlyUpdate(parts.engine, parts.binding, store, say)
         on_grad = parts.early.arrived
     _attach_model(run, on_grad)
-    optimizer = run.optimizer
+    optimizer, device = run.optimizer, parts.device
     _attach_optimizer(
         run,
         optimizer,
-        lambda: ChunkedStep(optimizer, learnt, store, clip=clip, narrowing=narrowing),
+        lambda: ChunkedStep(
+            optimizer,
+            learnt,
+            store,
+            clip=clip,
+            narrowing=narrowing,
+            leave=lambda: device is not None and device.may_update_at_once(optimizer),
+        ),
     )
     assert parts.stepper is not None
     trained = Trained(
@@ -85,12 +92,13 @@ def _attach_residents(run: Runtime, trained: Trained | None, replan: Callable[[]
     def give_up() -> bool:
         # Groups that are being updated early must not change while that goes on.
         early = parts.early is not None and parts.early.active
-        assert device.residents is not None
-        return not (early and device.engine.phase.in_backward) and device.residents.give_up_one()
+        return not (early and device.engine.phase.in_backward) and residents.give_up_one()
 
     levels = Levels(device.engine.frames, device.engine.ledger, parts.engine, parts.binding)
-    device.residents = Residents(levels, device.place, device.dtype, trained, changed)
+    residents = Residents(levels, device.place, device.dtype, trained, changed)
+    device.residents = residents
     device.engine.give_up = give_up
+    device.steps.all_fits = lambda _: residents.complete
 
 
 def _attach_model(run: Runtime, on_grad: OnGrad | None) -> None:

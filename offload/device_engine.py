@@ -11,6 +11,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from offload.device import DeviceSpace
 from offload.engine import Engine
@@ -229,6 +230,20 @@ class Device:
             if residents.take_moved():
                 for steps, kind in product((host, self.steps), Kind):
                     steps.forget(kind)
+
+    def may_update_at_once(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer may step by itself: all it trains, and its temporaries, fit here.
+
+        Those of a foreach step are about twice its weights; a fused one has none.
+        """
+        if self.residents is None or not self.residents.complete:
+            return False
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if not all(self.residents.has(p) for p in params):
+            return False
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        temporaries_bytes = 0 if fused else 2 * sum(p.nbytes for p in params)
+        return temporaries_bytes <= self.engine.ledger.room_bytes
 
     def _up_bytes_per_s(self) -> float:
         meter = self.engine.frames.lanes["read"].meter

@@ -113,7 +113,7 @@ class DeviceHooks:
             kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
             call = call_of("", args, kwargs)
             modes = [steps.begin(kind, call) for steps in self._levels]
-        if kind is Kind.TRAIN:
+        if kind is Kind.TRAIN and modes[1] is not Mode.FITS:
             self._push(torch.autograd.graph.saved_tensors_hooks(
                 self._saved.pack, self._saved.unpack
             ))  # fmt: skip

@@ -142,6 +142,10 @@ class Residents:
         """Whether every weight lives here."""
         return len(self.chunks) == len(self._levels.space.chunks) > 0
 
+    def has(self, param: nn.Parameter) -> bool:
+        """Whether a parameter lives here."""
+        return param in self._levels.binding.residents
+
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor that autograd saves is a weight that lives here, or a view of one."""
         return tensor.untyped_storage().data_ptr() in self._computed.storages

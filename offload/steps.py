@@ -141,7 +141,8 @@ class Steps:
         self.tracks = {kind: Track() for kind in Kind}
         self.forms: OrderedDict[str, Track] = OrderedDict()  # of inference, latest call last
         self.constant_bytes = 0  # of memory that is not chunks: the same however inputs grow
-        self._may_fit = may_fit
+        # By a recorded step: whether nothing will have to move from now on.
+        self.all_fits: Callable[[Trace], bool] = self._everything_fits if may_fit else _never
         self.tapes = tapes  # whether planned steps are noted for the report
         self._engine = engine
         self._plan_for = plan_for
@@ -251,7 +252,7 @@ class Steps:
     def fits(self, kind: Kind) -> bool:
         """Whether, by what was recorded, everything can stay in memory."""
         trace = self.tracks[kind].trace
-        return trace is not None and self._may_fit and self._everything_fits(trace)
+        return trace is not None and self.all_fits(trace)
 
     def forget(self, kind: Kind) -> None:
         """Record the next step of this kind anew: it will touch other things."""
@@ -326,6 +327,10 @@ class Steps:
         chunks = self._engine.space.chunks
         all_bytes = sum(c.size_bytes for c in chunks if c.offset >= 0)
         return all_bytes + other_bytes <= self._engine.ledger.capacity_bytes
+
+
+def _never(trace: Trace) -> bool:
+    return False
 
 
 def _roomier(trace: Trace, capacity_bytes: int, constant_bytes: int) -> Trace:

@@ -87,11 +87,13 @@ class ChunkedStep:
         clip: Clip | None = None,
         narrowing: Narrowing | None = None,
         piece_elements: int = PIECE_ELEMENTS,
+        leave: Callable[[], bool] = lambda: False,
     ) -> None:
         """Install the hooks and move state that exists already into its homes.
 
         With ``clip`` the gradients are scaled on their way through the update and stay as they
-        are in ``p.grad``. Raises ValueError for a piece size that is not a multiple of 64; of
+        are in ``p.grad``. ``leave``: whether everything is where the optimizer can step it by
+        itself, all at once. Raises ValueError for a piece size that is not a multiple of 64; of
         256, where state is narrowed; for ``clip`` over a store with gradients of its own.
         """
         if clip is not None and store.mixed is not None:
@@ -104,6 +106,7 @@ class ChunkedStep:
         self._profile = profile
         self._store = store
         self._clip = clip
+        self._leave = leave
         self._workspace = Workspace(piece_elements, PIECES_WITH_COPIES + 1)
         self._homes = StateHomes(optimizer, store, narrowing or Narrowing())
         self._open: tuple[GroupLedger, Optimizer] | None = None
@@ -170,6 +173,8 @@ class ChunkedStep:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._open = None
+        if self._clip is None and self._ahead is None and self._leave():
+            return args, kwargs  # torch's own step
         empty = GroupLedger(optimizer).open({}, {})
         if not self._profile.calls_closure:
             self._update(empty)
