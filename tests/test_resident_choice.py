@@ -1,4 +1,4 @@
-"""Which chunks live on the device, by a recorded step: what fits, what pays, how they are spread."""
+"""Which chunks live on the device, by a recorded step: what fits, what pays, how spread out."""
 
 from __future__ import annotations
 
