@@ -300,3 +300,38 @@ def test_they_can_be_refused(tmp_path: Path) -> None:
     run = offload.runtime(model)
     assert run.stats()["tiers"]["device"]["resident_bytes"] == 0
     run.close()
+
+
+def test_nothing_of_them_is_at_home(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = adamw(model)
+    run = Run(model, tmp_path, "64MiB", optimizer)
+    train(model, optimizer, range(4))
+    loss_of(model, 4).backward()
+    space = run.runtime.parts.engine.space
+    for param in model.parameters():
+        assert param.grad is not None
+        for tensor in (param, param.grad, *optimizer.state[param].values()):
+            assert not space.chunks_at(tensor.data_ptr(), tensor.nbytes)
+    assert run.runtime.parts.engine.ledger.other_bytes == 0
+    run.runtime.close()
+
+
+def test_they_are_no_activations(tmp_path: Path) -> None:
+    held = []
+    for residents in (False, True):
+        model = mlp()
+        optimizer = adamw(model)
+        how = tuning(residents=residents)
+        offload.wrap(model, optimizer, device="emulated", device_memory="1200KiB",
+                     host_memory="1MiB", disk=tmp_path, tuning=how)  # fmt: skip
+        train(model, optimizer, range(4))
+        run = offload.runtime(model)
+        device = run.parts.device
+        assert device is not None
+        assert (run.stats()["tiers"]["device"]["resident_bytes"] > 0) is residents
+        loss = loss_of(model, 5)
+        held.append(device.engine.ledger.other_bytes)
+        del loss
+        run.close()
+    assert held[0] == held[1] > 0
