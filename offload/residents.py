@@ -127,7 +127,7 @@ class Residents:
         self._place = place
         self._trained = trained
         self._changed = changed
-        self._given_up: set[int] = set()  # came back under pressure, or somebody holds their memory
+        self._crowded_out = False  # a step needed the room of all: they would only come and go
         self._computed = Converted(dtype)
         self._seen: Trace | None = None  # that the last decision was made from
         self._moved = False
@@ -170,7 +170,7 @@ class Residents:
 
         ``host``: the same step as the host saw it, whose update tells what updating there costs.
         """
-        if self._seen is trace or self.chunks:
+        if self._seen is trace or self.chunks or self._crowded_out:
             return
         self._seen = trace
         rates = Rates(up_bytes_per_s, self._update_s(host))
@@ -181,8 +181,7 @@ class Residents:
         chosen = choose_residents(trace, possible, capacity_bytes, aside_bytes=aside_bytes)
         costs = {offer.chunk: offer.cost_bytes for offer in possible}
         for chunk in chosen:
-            if not self._bring(chunk, costs[chunk]):
-                self._given_up.add(chunk)
+            self._bring(chunk, costs[chunk])
         if self.chunks:
             self._settle()
 
@@ -196,7 +195,7 @@ class Residents:
     def _offer(self, chunk: int, trace: Trace, rates: Rates) -> Offer | None:
         params = self._levels.space.params_of(chunk)
         trains = [p for p in params if self._levels.binding.homes[p].family.trained]
-        if chunk in self._given_up or any(p.grad is not None for p in params):
+        if any(p.grad is not None for p in params):
             return None
         if trains and (self._trained is None or not self._trained.offers):
             return None
@@ -219,17 +218,16 @@ class Residents:
 
     # -- moving -----------------------------------------------------------------------------
 
-    def _bring(self, chunk: int, cost_bytes: int) -> bool:
-        """Have a chunk's weights live here; False where that cannot be."""
+    def _bring(self, chunk: int, cost_bytes: int) -> None:
+        """Have a chunk's weights live here, where that can be."""
         moved: list[nn.Parameter] = []
         for param in self._levels.space.params_of(chunk):
             if not self._bring_one(param):
                 self._return(moved)
-                return False
+                return
             moved.append(param)
         self.chunks[chunk] = cost_bytes
         self._levels.ledger.fixed_bytes += cost_bytes
-        return True
 
     def _bring_one(self, param: nn.Parameter) -> bool:
         home, host = self._levels.binding.homes[param], self._levels.host
@@ -259,9 +257,8 @@ class Residents:
         """
         if not self.chunks:
             return False
-        chunk = next(reversed(self.chunks))
-        self._given_up.add(chunk)
-        self._send_home([chunk])
+        self._send_home([next(reversed(self.chunks))])
+        self._crowded_out = not self.chunks
         return True
 
     def give_up_all(self) -> None:

@@ -302,18 +302,63 @@ def test_they_can_be_refused(tmp_path: Path) -> None:
     run.close()
 
 
-def test_nothing_of_them_is_at_home(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", ["1200KiB", "64MiB"])
+def test_nothing_of_them_is_at_home(memory: str, tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = adamw(model)
+    run = Run(model, tmp_path, memory, optimizer)
+    train(model, optimizer, range(4))
+    loss_of(model, 4).backward()
+    space, residents = run.runtime.parts.engine.space, run.runtime.parts.binding.residents
+    assert residents
+    for param in residents:
+        assert param.grad is not None
+        for tensor in (param, param.grad, *optimizer.state[param].values()):
+            assert not space.chunks_at(tensor.data_ptr(), tensor.nbytes)
+    run.runtime.close()
+
+
+def test_their_gradients_need_no_room_on_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = mlp()
     optimizer = adamw(model)
     run = Run(model, tmp_path, "64MiB", optimizer)
     train(model, optimizer, range(4))
+    taken: list[object] = []
+    monkeypatch.setattr(run.runtime.parts.engine, "take_other", lambda *a: taken.append(a))
     loss_of(model, 4).backward()
-    space = run.runtime.parts.engine.space
-    for param in model.parameters():
-        assert param.grad is not None
-        for tensor in (param, param.grad, *optimizer.state[param].values()):
-            assert not space.chunks_at(tensor.data_ptr(), tensor.nbytes)
-    assert run.runtime.parts.engine.ledger.other_bytes == 0
+    assert not taken
+    run.runtime.close()
+
+
+def test_the_optimizer_steps_by_itself_where_its_temporaries_fit(tmp_path: Path) -> None:
+    for memory, fused, expected in (
+        ("64MiB", False, True), ("2600KiB", False, False), ("2600KiB", True, True)
+    ):  # fmt: skip
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+        run = Run(model, tmp_path, memory, optimizer)
+        train(model, optimizer, range(3))
+        assert run.device.residents is not None
+        assert run.device.residents.complete
+        assert run.device.may_update_at_once(optimizer) is expected
+        run.runtime.close()
+
+
+def test_what_was_sent_home_stays_there(tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = adamw(model)
+    run = Run(model, tmp_path, "1200KiB", optimizer)
+    train(model, optimizer, range(3))
+    assert run.resident_bytes > 0
+    train(model, optimizer, range(2), rows=200)
+    assert run.resident_bytes == 0
+    uploads = []
+    for rows in (8, 200, 8, 200, 8):
+        train(model, optimizer, range(3), rows=rows)
+        uploads.append(run.resident_bytes)
+    assert not any(uploads)
     run.runtime.close()
 
 
