@@ -76,6 +76,7 @@ def wrap(
 ) -> Device:
     values: dict[str, Any] = {
         "chunk_bytes": 16384, "device_chunk_bytes": 24 * 1024, "machine": MACHINE, "poison": True,
+        "residents": False,  # whose update is by other kernels: see test_gpu_promises.py
     }  # fmt: skip
     options: dict[str, Any] = {"device_memory": "2MiB", "host_memory": "80MiB"}  # staging is 48
     for name in ("compute_dtype", "device_memory", "host_memory"):
