@@ -150,7 +150,9 @@ def build_device(
             lambda: ledger.used_bytes, lambda: ledger.peak_bytes, place.device
         )
     # Where the device's memory is the host's, a cast on the spot is as good as a copy.
-    outgoing = Outgoing(copier, _lane("d2h", tuning)) if place.own_memory else None
+    outgoing = None
+    if place.own_memory:
+        outgoing = Outgoing(copier, _lane("d2h", tuning), engine.waited)
     return Device(place.device, place.dtype, engine, steps, tuning.trust_versions, outgoing)
 
 

@@ -196,7 +196,7 @@ def test_p3_hooks_of_the_users_see_gradients_that_are_there(start: Any) -> None:
 
 def test_only_gradients_that_nobody_reads_earlier_leave_late() -> None:
     lane = ThreadLane("d2h", 1)
-    outgoing, reads = Outgoing(PlainCopier(), lane), Reads()
+    outgoing, reads = Outgoing(PlainCopier(), lane, lambda *_: None), Reads()
     param, grad = nn.Parameter(torch.zeros(4, 4)), torch.ones(4, 4)
 
     def may(grad: Tensor = grad) -> bool:

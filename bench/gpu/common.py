@@ -212,7 +212,10 @@ def peaks() -> dict[str, int]:
 def plain_stats(run: Any) -> dict[str, Any]:
     """What a run of ours says of itself, as far as a results file wants it."""
     stats = run.stats()
-    return {k: stats[k] for k in ("step_s", "bound_s", "tiers", "device", "lanes", "stall_s")}
+    told = ("step_s", "bound_s", "wire_bound_s", "binding", "tiers", "device", "lanes", "stall_s")
+    known = stats["step_s"] and stats["bound_s"]
+    over = stats["step_s"] / stats["bound_s"] if known else None
+    return {k: stats[k] for k in told} | {"over_bound": over}
 
 
 def write_reports(run: Any, args: argparse.Namespace, name: str) -> list[str]:
