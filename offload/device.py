@@ -135,6 +135,11 @@ class DeviceSpace:
         """Of the level that copies are made from."""
         return self._host.counters
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory that copies read and write without the processor."""
+        return self._copier.pinned_bytes
+
     def copied_bytes(self) -> list[int]:
         """What crosses to the device for each chunk; frames are rounded up."""
         return [(s.stop - s.start) * self.slots[s.params[0]].dtype.itemsize for s in self._sources]

@@ -258,6 +258,7 @@ class Device:
         return {
             "uploaded_bytes": meter.moved_bytes,
             "busy_s": meter.busy_s,
+            "pinned_bytes": self.engine.frames.pinned_bytes,
             "downloaded_bytes": down.moved_bytes if down is not None else 0,
             "download_busy_s": down.busy_s if down is not None else 0.0,
             "stall_s": counters.stall_s["read"],

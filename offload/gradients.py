@@ -67,9 +67,9 @@ class GradientHomes:
 
     def after(self, home: Home) -> None:
         """Autograd has added it."""
-        there = home.param.grad is not None
-        made = there and home not in self._foreign and not home.grad_is_home
-        if made and not self._keeps(home):
+        grad = home.param.grad
+        made = grad is not None and home not in self._foreign and not home.grad_is_home
+        if made and not home.has_come(grad) and not self._keeps(home):
             settle_gradient(self._engine, self._binding, home)
         self._foreign.discard(home)
         self._give(home)
