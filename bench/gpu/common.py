@@ -17,6 +17,8 @@ import torch
 from gpu.runner import line
 from torch import nn
 
+Step = Callable[[], Any]
+
 GB = 10**9
 PATTERN = 1 << 20  # elements that weights repeat: random numbers for billions take minutes
 KEPT_FREE = 0.06  # of a cap, for what torch's allocator cannot use and kernels take for a moment
@@ -161,6 +163,19 @@ def tokens_of(args: argparse.Namespace, vocabulary: int) -> torch.Tensor:
     """Ids [batch, tokens], the same for all contestants; on the CPU."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, vocabulary, (args.batch, args.tokens), generator=generator)
+
+
+def stepper(model: Any, optimizer: Any, ids: torch.Tensor) -> Step:
+    """The plain loop. The loss stays where it is, until the step is over."""
+
+    def step() -> Any:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
 
 
 def synchronize() -> None:
