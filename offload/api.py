@@ -38,7 +38,7 @@ from offload.optim.narrow import Narrowing
 from offload.parts import Parts
 from offload.place import build_device, choose, refuse_hopeless, with_place
 from offload.prefetch.plan import Plan
-from offload.prefetch.planner import DoesNotFit, plan
+from offload.prefetch.planner import DoesNotFit, plan, stay
 from offload.prefetch.trace import Trace
 from offload.quantised import quantise, scratch_bytes, sizes_after
 from offload.room import refuse_without_room, too_small
@@ -281,6 +281,8 @@ def _build(
     may_fit = not tuning.keep_hooks and given.place is None
     machine = _machine(given, tuning)
     planner = _planner(engine, machine) if machine is not None else None
+    if tuning.prefetch and given.disk is None:
+        planner = stay
     steps = Steps(engine, planner, may_fit=may_fit, tapes=tuning.tapes)
     return Parts(engine, binding, steps, machine=machine)
 

@@ -114,6 +114,25 @@ class Home:
         """Whether anybody can still read the home: its chunks are worth keeping."""
         return self.grad_storage is not None and self.grad_storage() is not None
 
+    def takes(self, grad: Tensor) -> bool:
+        """Whether a first gradient, as it is, could be written to the home: nobody has that."""
+        param, region = self.param, self.family.grads
+        return (
+            region is not None and param.grad is None and not self.grad_is_held
+            and param.data_ptr() == self.address and param.numel() > 0
+            and grad.dtype == param.dtype and param.is_contiguous()
+        )  # fmt: skip
+
+    def has_come(self, grad: Tensor | None) -> bool:
+        """Whether this gradient was written to the home: it is known as the home's from now."""
+        region = self.family.grads
+        if grad is None or region is None or not self.grad_is_held:
+            return False
+        if grad.data_ptr() != region.address_of(self.index) or grad.shape != self.param.shape:
+            return False
+        self.grad = weakref.ref(grad)
+        return True
+
     def state(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """A tensor over the home of one state; None where it has none of that shape and size."""
         region = self.family.states.get(name)

@@ -26,6 +26,7 @@ from offload.engine import Engine
 from offload.errors import OffloadError
 from offload.hooks import Hooks
 from offload.ledger import Other
+from offload.limits import limit_of
 from offload.parts import Parts
 from offload.places import BlockPlan, Places
 from offload.ring import InRing, Ring, run_in_turns
@@ -256,8 +257,8 @@ def _shares(parts: Parts, provision: Provision, engine: Engine) -> dict[Other, i
 
 def _bound_s(parts: Parts) -> float | None:
     """The bound of the inference step that is planned now."""
-    follower = parts.steps.tracks[Kind.INFER].follower
-    return follower.plan.forecast.bound_s if follower is not None else None
+    limit = limit_of(parts, Kind.INFER)
+    return limit.bound_s if limit is not None else None
 
 
 def generation_config(model: Any) -> Any:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from offload.bind import Binding, Family, dense_strides
+from offload.counters import Counters
 from offload.engine import Engine
 from offload.errors import OffloadError
 from offload.prefetch.trace import Access, Need, Phase
@@ -128,6 +129,20 @@ class DeviceSpace:
     def disk(self) -> HomeSpace:
         """What stands below, where the engine of the host has its disk."""
         return self._host.space
+
+    @property
+    def host_counters(self) -> Counters:
+        """Of the level that copies are made from."""
+        return self._host.counters
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory that copies read and write without the processor."""
+        return self._copier.pinned_bytes
+
+    def copied_bytes(self) -> list[int]:
+        """What crosses to the device for each chunk; frames are rounded up."""
+        return [(s.stop - s.start) * self.slots[s.params[0]].dtype.itemsize for s in self._sources]
 
     # -- what the engine asks for -----------------------------------------------------------
 

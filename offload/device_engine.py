@@ -34,6 +34,8 @@ class DeviceEngine(Engine):
         # DeviceSpace has all that Engine asks of a HomeSpace without a disk below.
         super().__init__(cast(HomeSpace, space), ledger)
         self.frames = space
+        self.counters.stall_s["download"] = 0.0  # for gradients that were sent
+        self.counters.below = space.host_counters
         self.given_back: deque[int] = deque()  # bytes of activations; any thread may append
         self._owed: set[int] = set()  # wanted by the plan, given up at the end of a pass
         self._put_off: set[int] = set()  # planned drops of chunks that tensors still refer to
@@ -301,20 +303,20 @@ class Device:
 
     def stats(self, kind: Kind) -> dict[str, Any]:
         """What the copies to the device did; see docs/stats.md."""
-        counters, track = self.engine.counters, self.steps.tracks[kind]
+        counters, forecast = self.engine.counters, self.steps.tracks[kind].forecast
         meter = self.engine.frames.lanes["read"].meter
-        plan = track.follower.plan if track.follower is not None else None
         down = self.outgoing.lane.meter if self.outgoing is not None else None
         return {
             "uploaded_bytes": meter.moved_bytes,
             "busy_s": meter.busy_s,
+            "pinned_bytes": self.engine.frames.pinned_bytes,
             "downloaded_bytes": down.moved_bytes if down is not None else 0,
             "download_busy_s": down.busy_s if down is not None else 0.0,
             "stall_s": counters.stall_s["read"],
             "demand_uploads": counters.demand_loads,
             "planned_uploads": counters.planned_loads,
             "forced_evictions": counters.forced_evictions,
-            "forecast": asdict(plan.forecast) if plan is not None else None,
+            "forecast": asdict(forecast) if forecast is not None else None,
         }
 
     def close(self) -> None:

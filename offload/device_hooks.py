@@ -8,7 +8,6 @@ everything that touches residency.
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 import time
@@ -26,14 +25,14 @@ from offload.calls import call_of
 from offload.device import frame_dtype
 from offload.device_engine import Device
 from offload.engine import Engine
-from offload.errors import BudgetError, OffloadError
+from offload.errors import OffloadError
 from offload.gradients import GradientHomes, gradient_bytes
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
 from offload.hook import Hook, has_user_hooks
 from offload.internals import backward_runs, compiled, tree_map, when_backward_ends
 from offload.outgoing import Reads
-from offload.passes import Before
+from offload.passes import Before, on_stack, undone_if_refused
 from offload.prefetch.trace import Phase
 from offload.saved import Activations
 from offload.steps import Kind, Mode, Steps
@@ -161,11 +160,8 @@ class DeviceHooks:
         with self._lock:
             self._pass.depth += 1
             try:
-                yield
-            except BudgetError:
-                if self._pass.before is not None:
-                    self._pass.before.restore()
-                raise
+                with undone_if_refused(self._pass):
+                    yield
             finally:
                 self._pass.depth -= 1
 
@@ -338,16 +334,8 @@ class _Pass:
         return not self.depth and self.running()
 
     def running(self) -> bool:
-        """Whether the model's forward is on this thread's stack.
-
-        A KeyboardInterrupt skips module hooks, so the stack itself is asked.
-        """
-        if self.frame is None:
-            return False
-        frame = inspect.currentframe()
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        return frame is not None
+        """Whether the model's forward is on this thread's stack."""
+        return on_stack(self.frame)
 
 
 class DeviceBefore(Before):

@@ -11,10 +11,10 @@ import contextlib
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from offload.counters import Counters
 from offload.errors import SpillError
 from offload.ledger import Ledger, Other
 from offload.outlook import Outlook
@@ -26,19 +26,6 @@ from offload.tiers.home import Backing, Chunk, HomeSpace
 from offload.trust import Trust
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened, for stats and for tests that must know that it did."""
-
-    demand_loads: int = 0
-    planned_loads: int = 0
-    evictions: int = 0
-    forced_evictions: int = 0
-    stall_s: dict[str, float] = field(
-        default_factory=lambda: {"read": 0.0, "write": 0.0, "checksum": 0.0}
-    )
 
 
 class Engine:

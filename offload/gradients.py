@@ -69,9 +69,9 @@ class GradientHomes:
 
     def after(self, home: Home) -> None:
         """Autograd has added it."""
-        there = home.param.grad is not None and home.param not in self._binding.residents
-        made = there and home not in self._foreign and not home.grad_is_home
-        if made and not self._keeps(home):
+        grad = home.param.grad if home.param not in self._binding.residents else None
+        made = grad is not None and home not in self._foreign and not home.grad_is_home
+        if made and not home.has_come(grad) and not self._keeps(home):
             settle_gradient(self._engine, self._binding, home)
         self._foreign.discard(home)
         self._give(home)

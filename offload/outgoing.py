@@ -13,11 +13,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from offload.bind import Home
 from offload.hook import Hook
 from offload.tiers.copy import Copier
 from offload.tiers.lane import Lane, Ticket
@@ -62,23 +64,34 @@ class Reads:
 
 @dataclass(slots=True)
 class _Sent:
-    """A gradient that has left. ``grad``: it stays until its bytes have been copied."""
+    """A gradient that has left. ``grad``: it stays until its bytes have been copied.
+
+    ``thread``: which computes, and goes on computing while others wait.
+    """
 
     ticket: Ticket
     grad: Tensor
+    thread: int
     start_s: float
     end_s: float = 0.0
 
 
 class Outgoing:
     """Sends gradients through a lane. Methods are called under the lock of the hooks, but for
-    ``wait``, which any thread may call without it.
+    ``wait``, which any thread may call without it. ``waited`` is told (cause, chunk, since when) of
+    waiting that holds the computing up. ``home_of``: those that are
+    pinned, where gradients go straight.
     """
 
-    def __init__(self, copier: Copier, lane: Lane) -> None:
+    def __init__(
+        self, copier: Copier, lane: Lane, waited: Callable[[str, int, float], None],
+        home_of: Callable[[nn.Parameter], Home | None],
+    ) -> None:  # fmt: skip
         self.lane = lane
         self.sent_bytes = 0  # on their way: they still take device memory
         self._copier = copier
+        self._waited = waited
+        self._home_of = home_of
         self._sent: dict[nn.Parameter, _Sent] = {}
         self._over: deque[_Sent] = deque()
         self._lock = threading.Lock()
@@ -100,10 +113,11 @@ class Outgoing:
 
         Only a worker may write to it until ``wait``; nobody may read it.
         """
-        there = torch.empty(grad.shape, dtype=param.dtype, device=param.device)
-        sent = _Sent(Ticket(-1), grad, time.perf_counter())
+        there = self._place(param, grad)
+        sent = _Sent(Ticket(-1), grad, threading.get_ident(), time.perf_counter())
         mark = self._copier.ready()
-        source, target = grad.detach().view(-1), there.view(-1)
+        # A view of `there` itself would be one more reference, for which autograd copies it.
+        source, target = grad.detach().view(-1), there.detach().view(-1)
 
         def move() -> int:
             try:
@@ -120,18 +134,12 @@ class Outgoing:
 
     def wait(self, param: nn.Parameter) -> None:
         """Wait until a gradient that was sent is there. Raises what the copy raised."""
-        with self._lock:
-            sent = self._sent.pop(param, None)
-        if sent is not None:
-            try:
-                self.lane.wait(sent.ticket)
-            finally:
-                self._over.append(sent)
+        self._wait(param, holds_up=False)
 
     def wait_all(self) -> None:
         """Wait for all of them, even if nobody asks for them any more."""
         for param in list(self._sent):
-            self.wait(param)
+            self._wait(param, holds_up=True)
 
     def over(self) -> list[tuple[float, float, int]]:
         """Copies that have been awaited since the last call: start, end, bytes on the device."""
@@ -141,3 +149,25 @@ class Outgoing:
             self.sent_bytes -= sent.grad.nbytes
             found.append((sent.start_s, sent.end_s, sent.grad.nbytes))
         return found
+
+    def _place(self, param: nn.Parameter, grad: Tensor) -> Tensor:
+        """Its home, where the device can write to that and nobody reads it; else memory."""
+        home = self._home_of(param)
+        if home is not None and home.takes(grad):
+            there = home.new_grad()
+            if self._copier.is_pinned(there):
+                return there
+        return torch.empty(grad.shape, dtype=param.dtype, device=param.device)
+
+    def _wait(self, param: nn.Parameter, *, holds_up: bool) -> None:
+        with self._lock:
+            sent = self._sent.pop(param, None)
+        if sent is None:
+            return
+        start_s = time.perf_counter()
+        try:
+            self.lane.wait(sent.ticket)
+        finally:
+            self._over.append(sent)
+            if holds_up or sent.thread == threading.get_ident():
+                self._waited("download", -1, start_s)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol
 
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from offload.bind import Home
+from offload.errors import BudgetError
 from offload.prefetch.trace import Need
 
 
@@ -46,6 +49,34 @@ class Before:
                 buffer.copy_(value)
 
 
+class Begun(Protocol):
+    """A pass that may have begun: then ``before`` is what it changes."""
+
+    before: Before | None
+
+
+@contextmanager
+def undone_if_refused(begun: Begun) -> Iterator[None]:
+    """A refused forward pass leaves random state and buffers as they were."""
+    try:
+        yield
+    except BudgetError:
+        if begun.before is not None:
+            begun.before.restore()
+        raise
+
+
+def on_stack(entered: FrameType | None) -> bool:
+    """Whether a call is still on this thread's stack.
+
+    A KeyboardInterrupt skips module hooks; what it leaves behind must not act on others.
+    """
+    frame = inspect.currentframe() if entered is not None else None
+    while frame is not None and frame is not entered:
+        frame = frame.f_back
+    return frame is not None
+
+
 class Pass(threading.local):
     """State of the pass that this thread is in. ``turn``: set while several take turns."""
 
@@ -72,13 +103,5 @@ class Pass(threading.local):
             self.contexts.pop().__exit__(None, None, None)
 
     def running(self) -> bool:
-        """Whether the forward pass that pushed the contexts is on this thread's stack.
-
-        A KeyboardInterrupt skips module hooks; what it leaves behind must not act on others.
-        """
-        entered, frame = self.frame, inspect.currentframe()
-        if entered is None:
-            return False
-        while frame is not None and frame is not entered:
-            frame = frame.f_back
-        return frame is not None
+        """Whether the forward pass that pushed the contexts is on this thread's stack."""
+        return on_stack(self.frame)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from offload.steps import Steps
 from offload.tiers.arena import CudaMemory, DeviceArena, PageMemory
 from offload.tiers.copy import Copier, CudaCopier, PlainCopier
 from offload.tiers.fake import AdversarialLane
+from offload.tiers.home import Region
 from offload.tiers.lane import Lane, ThreadLane
 from offload.tiers.spec import KIB, MIB, Machine, format_size
 from offload.watch import AllocatorWatch
@@ -135,8 +136,9 @@ def build_device(
             "staging for copies", host.ledger.fixed_bytes, host.ledger.budget_bytes,
             "host", "host_memory",
         )  # fmt: skip
+    pinned = host.space.disk is None and copier.pin(_travelled(binding))
     arena = DeviceArena(memory, poison=tuning.poison)
-    space = DeviceSpace(arena, _lane("h2d", tuning), copier, host)
+    space = DeviceSpace(arena, _lane("h2d", tuning, 1 + pinned), copier, host)
     chunk_bytes = tuning.device_chunk_bytes or _chunk_bytes(budget_bytes)
     add_families(space, binding, place.dtype, chunk_bytes)
     engine = DeviceEngine(space, Ledger(budget_bytes, arena, _buffer_bytes(model)))
@@ -149,7 +151,10 @@ def build_device(
             lambda: ledger.used_bytes, lambda: ledger.peak_bytes, place.device
         )
     # Where the device's memory is the host's, a cast on the spot is as good as a copy.
-    outgoing = Outgoing(copier, _lane("d2h", tuning)) if place.own_memory else None
+    outgoing = None
+    if place.own_memory:
+        home_of = binding.homes.get if pinned else lambda _: None
+        outgoing = Outgoing(copier, _lane("d2h", tuning), engine.waited, home_of)
     settles = place.own_memory and tuning.residents
     return Device(
         place.device, place.dtype, engine, steps, tuning.trust_versions, settles, outgoing
@@ -176,10 +181,18 @@ def _accelerator(device: torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _lane(name: str, tuning: Tuning) -> Lane:
+def _travelled(binding: Binding) -> Iterator[Region]:
+    """The homes that copies are made from, and to: optimizer state stays on the host."""
+    for family in binding.families:
+        yield family.weights
+        if family.grads is not None:
+            yield family.grads
+
+
+def _lane(name: str, tuning: Tuning, workers: int = 1) -> Lane:
     if tuning.adversary is not None:
         return AdversarialLane(tuning.adversary + 2 + (name == "d2h"))
-    return ThreadLane(name, 1)  # one stream, one direction: a second worker would only queue
+    return ThreadLane(name, workers)
 
 
 def _planner(engine: DeviceEngine, tuning: Tuning) -> Callable[[Trace], Plan]:

@@ -17,7 +17,8 @@ import psutil
 import torch
 
 from offload import __version__
-from offload.prefetch.plan import Forecast
+from offload.limits import limit_of
+from offload.prefetch.bounds import Limit
 from offload.prefetch.variants import Situation
 from offload.record import Follower
 from offload.report_advice import Facts, verdict, ways_of
@@ -47,12 +48,10 @@ def report_data(run: Runtime, task: str = "", history: History | None = None) ->
     step = _recorded(run, kind, track, tables)
     follower = track.tape.follower if track.tape is not None else track.follower
     forecast = follower.plan.forecast if follower is not None else None
-    link = _link_forecast(run, kind)
+    limit = limit_of(parts, kind)
     facts = Facts(
-        step.step_s if step is not None else None, forecast,
-        link.bound_s if link is not None else None, _stalls(step),
-        _situation(run, follower), _ways(run, kind, tables),
-        link is not None and link.binding == "disk",  # to a device's plan the host is the disk
+        step.step_s if step is not None else None, forecast, limit, _stalls(step),
+        _situation(run, follower), _ways(run, kind, tables), framed=parts.device is not None,
     )  # fmt: skip
     homes = _homes(tables, step, run)
     return {
@@ -67,8 +66,8 @@ def report_data(run: Runtime, task: str = "", history: History | None = None) ->
             "host": parts.engine.ledger.budget_bytes,
             "disk": run.given.budget.disk_bytes,
         },
-        "verdict": (judged := verdict(facts)),
-        "step": _step(step, forecast, judged["binding"], facts.link_bound_s),
+        "verdict": verdict(facts),
+        "step": _step(step, limit),
         "chunks": tables.to_dict(homes),
         "modules": _modules(tables, homes, step),
         "forecast": {k: v for k, v in asdict(forecast).items() if k in FORECAST}
@@ -108,14 +107,6 @@ def _within(tape: Tape | None, whole: Tape) -> Tape | None:
     if tape is None or not whole.began_s <= tape.ended_s <= whole.ended_s:
         return None
     return tape
-
-
-def _link_forecast(run: Runtime, kind: Kind) -> Forecast | None:
-    device = run.parts.device
-    tape = device.steps.tracks[kind].tape if device is not None else None
-    if tape is None or tape.follower is None:
-        return None
-    return tape.follower.plan.forecast
 
 
 def _situation(run: Runtime, follower: Follower | None) -> Situation | None:
@@ -184,20 +175,11 @@ def _model(run: Runtime, tables: Tables) -> dict[str, Any]:
     }
 
 
-def _step(
-    step: Step | None, forecast: Forecast | None, binding: str, link_bound_s: float | None
-) -> dict[str, Any] | None:
+def _step(step: Step | None, limit: Limit | None) -> dict[str, Any] | None:
     if step is None:
         return None
-    bound_s = forecast.bound_s if forecast is not None else None
-    if forecast is None or binding == "link":
-        bound_s = link_bound_s
-    return {
-        "bound_s": bound_s,
-        "wire_bound_s": forecast.wire_bound_s if forecast is not None else None,
-        "binding": binding,
-        **step.to_dict(),
-    }
+    known = dict.fromkeys(Limit._fields) if limit is None else limit._asdict()
+    return {**known, "binding": known["binding"] or "compute", **step.to_dict()}
 
 
 def _modules(tables: Tables, homes: list[str], step: Step | None) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from offload.coding import coding_s_per_byte
+from offload.prefetch.bounds import Limit
 from offload.prefetch.plan import Forecast
 from offload.prefetch.trace import Moment
 from offload.prefetch.variants import (
@@ -33,11 +34,11 @@ class Facts:
 
     step_s: float | None
     forecast: Forecast | None
-    link_bound_s: float | None  # of a device's part of the step: copies to it, and computing
+    limit: Limit | None  # of all levels together
     stalls_s: dict[str, float]  # by cause, of the recorded step
     now: Situation | None
     ways: Ways
-    link_binds: bool = False  # the copies make most of that
+    framed: bool = False  # weights are copied to be computed with
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,9 @@ class Ways:
 
 def verdict(facts: Facts) -> dict[str, Any]:
     """The schema's ``verdict``."""
-    binding, bound_s = _binding(facts)
+    binding, bound_s = "compute", None
+    if facts.limit is not None:
+        binding, bound_s = facts.limit.binding, facts.limit.bound_s
     ratio = facts.step_s / bound_s if facts.step_s and bound_s else None
     return {
         "text": _text(facts, binding, bound_s, ratio),
@@ -75,23 +78,13 @@ def ways_of(kind_trains: bool, early: bool, clips: bool, narrow: bool, tables: T
     return Ways(kind_trains, free, may_narrow, chunks, coding_s)
 
 
-def _binding(facts: Facts) -> tuple[str, float | None]:
-    """What binds, and the bound."""
-    if facts.forecast is None:  # without a disk only the copies to a device are planned
-        return ("link" if facts.link_binds else "compute"), facts.link_bound_s
-    bound_s, binding = facts.forecast.bound_s, facts.forecast.binding
-    if facts.link_bound_s is not None and facts.link_bound_s > bound_s:
-        return "link", facts.link_bound_s
-    return binding, bound_s
-
-
 def _text(facts: Facts, binding: str, bound_s: float | None, ratio: float | None) -> str:
     if facts.step_s is None:
         return "no step has followed a plan yet: the first one is watched, report after the third"
     forecast = facts.forecast
     if bound_s is None or ratio is None:
         return f"nothing is planned, a step takes {facts.step_s:.3g} s"
-    if forecast is not None and not _moves(forecast) and binding != "link":
+    if forecast is not None and not _moves(forecast) and not facts.framed:
         return f"all fits in memory, nothing is moved: a step takes {facts.step_s:.3g} s"
     waits_s = sum(facts.stalls_s.values())
     return (
@@ -135,6 +128,7 @@ CAUSES = {
     "write": "waiting for writes to disk",
     "checksum": "comparing checksums before chunks leave (hooks of the user's may write to them)",
     "upload": "waiting for copies to the device",
+    "download": "waiting for gradients to come from the device",
     "engine": "the runtime's own work (moving pages, making room): larger chunks would help",
 }
 

@@ -26,6 +26,7 @@ CAUSES = {
     "read": "waiting for reads from disk",
     "write": "waiting for writes to disk",
     "upload": "waiting for copies to the GPU",
+    "download": "waiting for gradients from the GPU",
     "checksum": "comparing checksums before chunks leave",
     "engine": "the runtime's own work",
 }

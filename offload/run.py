@@ -21,8 +21,10 @@ from offload.errors import OffloadError
 from offload.homing import release_all
 from offload.hooks import Hooks
 from offload.ledger import Ledger
+from offload.limits import limit_of, limit_of_form
 from offload.parts import Parts
 from offload.places import BlockPlan
+from offload.prefetch.bounds import Limit
 from offload.prefetch.plan import Plan
 from offload.rowchoice import RowChoice
 from offload.sampling import Sampling
@@ -67,14 +69,12 @@ class Runtime:
         """What happened so far; see docs/stats.md for every key and its unit."""
         engine, steps = self.parts.engine, self.parts.steps
         kind = Kind.TRAIN if steps.tracks[Kind.TRAIN].steps else Kind.INFER
-        plan = self.plan
+        plan, limit = self.plan, limit_of(self.parts, kind)
         space, device = engine.space, self.parts.device
         return {
             "steps": steps.tracks[kind].steps,
             "step_s": steps.median_s(kind),
-            "bound_s": plan.forecast.bound_s if plan else None,
-            "wire_bound_s": plan.forecast.wire_bound_s if plan else None,
-            "binding": plan.forecast.binding if plan else None,
+            **(limit._asdict() if limit is not None else dict.fromkeys(Limit._fields)),
             "forecast": asdict(plan.forecast) if plan else None,
             "step_bytes": {
                 name: statistics.median(moved) if moved else None
@@ -87,7 +87,11 @@ class Runtime:
                 **({"device": device.tier_stats()} if device is not None else {}),
             },
             "device": device.stats(kind) if device is not None else None,
-            "forms": {name: track.stats() for name, track in steps.forms.items()},
+            "forms": {
+                name: track.stats() | {"bound_s": limit.bound_s if limit is not None else None}
+                for name, track in steps.forms.items()
+                for limit in (limit_of_form(self.parts, name),)
+            },
             "activations": self.parts.hooks.activations.stats()
             if isinstance(self.parts.hooks, Hooks)
             else None,

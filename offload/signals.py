@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -11,10 +10,9 @@ from torch.utils.hooks import RemovableHandle
 from offload.activations import Means, Planned
 from offload.bind import Binding, Home
 from offload.engine import Engine
-from offload.errors import BudgetError
 from offload.gradients import GradientHomes
 from offload.hook import Hook, has_user_hooks
-from offload.passes import Pass
+from offload.passes import Pass, undone_if_refused
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations, SavedTensors
 from offload.tape import Mark
@@ -104,11 +102,11 @@ class Signals:
 
         def before(module: nn.Module, args: object, kwargs: object) -> None:
             if self._pass.running():
-                with self._undone_if_refused():
+                with undone_if_refused(self._pass):
                     self.activations.before(name, module, args, kwargs)
 
         def after(module: nn.Module, args: object, output: object) -> None:
-            with self._undone_if_refused():
+            with undone_if_refused(self._pass):
                 self.activations.after(output)
 
         return [
@@ -129,7 +127,7 @@ class Signals:
             if self._engine.tape is not None:
                 again = self._pass.in_backward
                 self._engine.tape.mark(Mark.RERUN if again else Mark.MODULE, name)
-            with self._undone_if_refused():
+            with undone_if_refused(self._pass):
                 self._engine.need(phase, needs)
 
         return enter
@@ -141,23 +139,13 @@ class Signals:
             mine.turn.unit(needs, homes, in_backward=mine.in_backward)
 
     def _take_activation(self, size_bytes: int, what: str) -> None:
-        with self._undone_if_refused():
+        with undone_if_refused(self._pass):
             self._engine.take_other(size_bytes, what)
-
-    @contextmanager
-    def _undone_if_refused(self) -> Iterator[None]:
-        """A refused forward pass leaves random state and buffers as they were."""
-        try:
-            yield
-        except BudgetError:
-            if self._pass.before is not None:
-                self._pass.before.restore()
-            raise
 
     def foresee(self, size_bytes: int, operation: str) -> None:
         """An operation is about to allocate this."""
         engine = self._engine
-        with self._undone_if_refused():
+        with undone_if_refused(self._pass):
             engine.make_room_for(size_bytes, f"the result of {operation}")
         if engine.recorder is not None:
             engine.recorder.see_other(engine.ledger.other_bytes + size_bytes)

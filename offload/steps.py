@@ -15,11 +15,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from offload.calls import Call
 from offload.engine import Engine
-from offload.prefetch.plan import Plan
+from offload.prefetch.plan import Forecast, Plan
 from offload.prefetch.trace import Moment, Trace, merged, retimed
 from offload.record import Follower, Recorder
 from offload.tape import Tape, meters_of
@@ -62,6 +63,7 @@ class Track:
     steps: int = 0
     replayed_s: list[float] = field(default_factory=list)
     replayed_bytes: dict[str, list[int]] = field(default_factory=lambda: {"read": [], "write": []})
+    busy_s: dict[str, list[float]] = field(default_factory=lambda: {"read": [], "write": []})
     fits: bool = False
     beside: list[Trace] = field(default_factory=list)  # replayed steps that times come from
     extent: int = 0  # the largest call that was watched, see calls.Call
@@ -87,15 +89,24 @@ class Track:
         self.trace, self.stale, self.borrowed = trace, True, False
         self.beside.clear()
 
+    @property
+    def forecast(self) -> Forecast | None:
+        """Of the plan that steps follow; None: nothing is planned."""
+        return self.follower.plan.forecast if self.follower is not None else None
+
+    @property
+    def step_s(self) -> float | None:
+        """Median seconds of replayed steps."""
+        return statistics.median(self.replayed_s) if self.replayed_s else None
+
+    def bytes_per_s(self, lane: str) -> float:
+        """A lane's rate in a replayed step, the median; 0: it moved nothing in any."""
+        moved = zip(self.replayed_bytes[lane], self.busy_s[lane], strict=True)
+        return statistics.median([b / s for b, s in moved if b and s] or [0.0])
+
     def stats(self) -> dict[str, Any]:
         """See docs/stats.md."""
-        plan = self.follower.plan if self.follower is not None else None
-        return {
-            "steps": self.steps,
-            "step_s": statistics.median(self.replayed_s) if self.replayed_s else None,
-            "bound_s": plan.forecast.bound_s if plan is not None else None,
-            "reads_ahead": self.trial.ahead,
-        }
+        return {"steps": self.steps, "step_s": self.step_s, "reads_ahead": self.trial.ahead}
 
     def like(self, call: Call) -> Track:
         """A new track that begins with what is known of this one."""
@@ -183,7 +194,7 @@ class Steps:
         # Where all fits inference moves nothing; a training step's update still follows its plan.
         still = mode is Mode.FITS and kind is Kind.INFER
         follower = None if still else track.following(ahead=self._step.ahead)
-        recorder = self._recorder(learns=len(track.replayed_s) < RETIMED_AFTER[-1])
+        recorder = self._recorder(kind, learns=len(track.replayed_s) < RETIMED_AFTER[-1])
         if self.tapes and mode is not Mode.RECORD:
             self._step.tape = Tape(self._engine, recorder.began_s, meters, track.follower)
         self._engine.begin(recorder, follower)
@@ -222,6 +233,7 @@ class Steps:
         track.replayed_s.append(step_s)
         for name, then in step.meters.items():
             track.replayed_bytes[name].append(meters[name].moved_bytes - then.moved_bytes)
+            track.busy_s[name].append(meters[name].busy_s - then.busy_s)
 
     def _form(self, call: Call) -> Track:
         """The track of a call's form; a new one begins with what is known of the one before."""
@@ -246,8 +258,7 @@ class Steps:
 
     def median_s(self, kind: Kind) -> float | None:
         """Median seconds of replayed steps."""
-        seconds = self.tracks[kind].replayed_s
-        return statistics.median(seconds) if seconds else None
+        return self.tracks[kind].step_s
 
     def fits(self, kind: Kind) -> bool:
         """Whether, by what was recorded, everything can stay in memory."""
@@ -261,11 +272,10 @@ class Steps:
         before = self.tracks[kind]
         self.tracks[kind] = Track(steps=before.steps, tape=before.tape)
 
-    def _recorder(self, *, learns: bool) -> Recorder:
-        stall_s = self._engine.counters.stall_s
-        if not learns:
-            return Recorder(lambda: sum(stall_s.values()))
-        return Recorder(lambda: sum(stall_s.values()), self._engine.await_compute)
+    def _recorder(self, kind: Kind, *, learns: bool) -> Recorder:
+        # What inference fetches from below it fetches for a copy, and a trial is to know of it.
+        waited_s = partial(self._engine.counters.stalled_s, below=kind is Kind.TRAIN)
+        return Recorder(waited_s, self._engine.await_compute) if learns else Recorder(waited_s)
 
     @staticmethod
     def _stop_tape(step: _Step) -> None:

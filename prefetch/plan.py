@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from offload.prefetch.bounds import IDLE, Drive, Limit
+
 
 @dataclass(frozen=True, slots=True)
 class Ops:
@@ -34,6 +36,12 @@ class Forecast:
     read_bytes: int
     write_bytes: int
     binding: str  # "disk" or "compute": which resource makes most of bound_s
+    drive: Drive = IDLE  # what the bound is made of, beside computing
+
+    @property
+    def limit(self) -> Limit:
+        """The bounds, and what binds."""
+        return Limit(self.bound_s, self.wire_bound_s, self.binding)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from offload.prefetch.bounds import IDLE, bound, drive_of
 from offload.prefetch.plan import Forecast, Ops, Plan
 from offload.prefetch.residency import Gaps, choose, find_gaps, taken
-from offload.prefetch.simulate import Replay, Timeline, bound
+from offload.prefetch.simulate import Replay, Timeline
 from offload.prefetch.trace import Phase, Trace
 from offload.prefetch.uses import Bools, Ints, Uses, find_uses
 from offload.tiers.spec import Machine, format_size
@@ -82,6 +83,15 @@ def plan(trace: Trace, machine: Machine, capacity_bytes: int) -> Plan:
         if timeline.read_bytes + timeline.write_bytes == 0:
             break  # all of it stays: no reserve can help
     return _best(plans)
+
+
+def stay(trace: Trace) -> Plan:
+    """Where there is no tier below: nothing moves, and the step is its computing."""
+    bound_s, wire_bound_s, binding = bound(IDLE, trace)
+    step_s = bound_s + sum(m.handling_s for m in trace.moments)
+    peak_bytes = max((m.other_bytes for m in trace.moments), default=0)
+    forecast = Forecast(step_s, bound_s, wire_bound_s, 0.0, peak_bytes, 0, 0, binding)
+    return Plan((Ops(),) * len(trace.moments), frozenset(), 0, forecast)
 
 
 def _best(plans: list[Plan]) -> Plan:
@@ -227,7 +237,8 @@ def _forecast(
     left = away[first][gaps.write_s[epoch] > 0]
     reads = _per_phase(trace, due, gaps.size_bytes[fetched])
     writes = _per_phase(trace, gaps.after[left], gaps.size_bytes[left])
-    bound_s, wire_bound_s, binding = bound(trace, machine, reads, writes, reserve_bytes)
+    drive = drive_of(machine, reads, writes, reserve_bytes)
+    bound_s, wire_bound_s, binding = bound(drive, trace)
     return Forecast(
         step_s=timeline.step_s,
         bound_s=bound_s,
@@ -237,6 +248,7 @@ def _forecast(
         read_bytes=timeline.read_bytes,
         write_bytes=timeline.write_bytes,
         binding=binding,
+        drive=drive,
     )
 
 

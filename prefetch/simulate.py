@@ -7,7 +7,7 @@ while the other idles and at its joint rate while both run. A lane moves one chu
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import compress, pairwise
@@ -18,7 +18,7 @@ import numpy as np
 
 from offload.prefetch.plan import Ops
 from offload.prefetch.sharing import ALONE, Sharing
-from offload.prefetch.trace import Phase, Trace
+from offload.prefetch.trace import Trace
 from offload.prefetch.uses import Bools, Uses, deaths, find_uses
 from offload.tiers.spec import Machine, format_size
 
@@ -75,43 +75,6 @@ def simulate(
     """Replay two steps of ``ops`` and report the second; see ``Replay``."""
     replay = Replay(trace, machine, capacity_bytes, find_uses(trace), sharing)
     return replay.run(ops, resident_at_start, intervals=True)
-
-
-def bound(
-    trace: Trace,
-    machine: Machine,
-    read_bytes: Mapping[Phase, int],
-    write_bytes: Mapping[Phase, int],
-    spare_bytes: int = 0,
-) -> tuple[float, float, str]:
-    """(bound_s, wire_bound_s, binding) of a step that moves these bytes for each phase.
-
-    Forward and backward pass with their updates form one group, the update the other, and the
-    compute of one waits for the other's. Bytes may cross that barrier, read earlier or written
-    later, as far as ``spare_bytes`` of memory hold them. ``bound_s`` sums the slower of drive
-    and compute over the groups for the best such shift; ``wire_bound_s`` takes it once over the
-    whole step; ``binding``, "disk" or "compute", has the larger part of ``bound_s``. Latencies are
-    left out.
-    """
-    passes, update = (Phase.FORWARD, Phase.BACKWARD, Phase.EARLY), (Phase.UPDATE,)
-    disk_s, compute_s = [], []
-    for group in (passes, update):
-        reads = sum(read_bytes.get(phase, 0) for phase in group)
-        writes = sum(write_bytes.get(phase, 0) for phase in group)
-        disk_s.append(machine.disk_s(reads, writes))
-        compute_s.append(sum(m.compute_s for m in trace.moments if m.phase in group))
-    most_s = machine.disk_s(spare_bytes, 0)
-    low, high = -min(most_s, disk_s[0]), min(most_s, disk_s[1])
-    turns = (compute_s[0] - disk_s[0], disk_s[1] - compute_s[1], 0.0)
-    shifts = [min(max(s, low), high) for s in turns]  # the sum is convex and bends there
-    tries = [(disk_s[0] + s, disk_s[1] - s) for s in shifts]
-    pairs = min(
-        (list(zip(t, compute_s, strict=True)) for t in tries), key=lambda p: sum(map(max, p))
-    )
-    bound_s = sum(map(max, pairs))
-    disk_all_s = machine.disk_s(sum(read_bytes.values()), sum(write_bytes.values()))
-    binding = "disk" if sum(d for d, c in pairs if d > c) > bound_s / 2 else "compute"
-    return bound_s, max(disk_all_s, sum(compute_s)), binding
 
 
 class _Transfer:

@@ -63,13 +63,19 @@ class Event:
 
 
 class Cudart:
-    """Registers nothing; remembers what is registered. ``code``: of the next registrations."""
+    """Registers nothing; remembers what is registered. ``code``: of the next registrations.
+
+    ``limit_bytes``: more cannot be registered.
+    """
 
     def __init__(self) -> None:
         self.pinned: dict[int, int] = {}
         self.code = 0
+        self.limit_bytes = 1 << 62
 
     def cudaHostRegister(self, address: int, size_bytes: int, flags: int) -> int:  # noqa: N802
+        if sum(self.pinned.values()) + size_bytes > self.limit_bytes:
+            return 2
         if not self.code:
             self.pinned[address] = size_bytes
         return self.code
@@ -88,7 +94,9 @@ class Device:
     races: list[str] = field(default_factory=list)
     written: dict[int, tuple[Stream, int]] = field(default_factory=dict)  # frame -> by whom, when
     read: dict[int, tuple[Stream, int]] = field(default_factory=dict)  # frame -> last
+    straight: Counter[str] = field(default_factory=Counter)  # copies from and to pinned homes
     local: threading.local = field(default_factory=threading.local)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # clocks are not atomic
 
     def current(self, device: object = None) -> Stream:
         stream: Stream = getattr(self.local, "stream", self.compute)
@@ -136,10 +144,14 @@ class Copier(CudaCopier):
         super().__init__(torch.device("cpu"))
 
     def upload(self, source: Tensor, target: Tensor, mark: Mark) -> None:
-        super().upload(source, target, mark)
-        frame, stream = target.untyped_storage().data_ptr(), self.fake_up
-        self.fake.check(stream, self.fake.read.get(frame), "overwritten too early")
-        self.fake.written[frame] = stream, stream.clock[id(stream)]
+        with self.fake.lock:
+            super().upload(source, target, mark)
+            frame, stream = target.untyped_storage().data_ptr(), self.fake_up
+            self.fake.check(stream, self.fake.read.get(frame), "overwritten too early")
+            self.fake.written[frame] = stream, stream.clock[id(stream)]
+            if self.is_pinned(source) and source.dtype == target.dtype:
+                self.fake.straight["up"] += 1
+                self.fake.check(HOST, self.fake.written[frame], "a home was given back too early")
 
     def ready(self) -> Mark:
         made = self.fake.compute, self.fake.compute.tick()
@@ -151,6 +163,7 @@ class Copier(CudaCopier):
         super().download(source, target, mark)
         made: Any = mark.arrived
         stream: Any = self._down
+        self.fake.straight["down"] += self.is_pinned(target)
         self.fake.check(stream, made, "a gradient left too early")
         self.fake.check(HOST, (stream, stream.clock[id(stream)]), "the host read too early")
 

@@ -13,9 +13,9 @@ import torch
 
 import offload
 from offload.tiers.copy import STAGING_BUFFERS, STAGING_BYTES, CudaCopier, Mark
-from offload.tiers.spec import MIB
+from offload.tiers.spec import KIB, MIB
 from tests import fakecuda
-from tests.framed import Watched, adamw, tuning
+from tests.framed import Keeper, Watched, adamw, tuning
 
 HOST = "49MiB"  # the staging of both directions is 48
 
@@ -25,10 +25,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> fakecuda.Device:
     return fakecuda.install(monkeypatch)
 
 
-def train(zoo: Any, name: str, folder: Path, steps: int = 4, **how: Any) -> Any:
+def train(zoo: Any, name: str, folder: Path | None, steps: int = 4, **how: Any) -> Any:
+    """Without a folder there is no disk, and homes never move."""
     model = zoo.build(name)
     watched = Watched(
-        model, folder, optimizer=adamw(model), memory="420KiB", host=HOST,
+        model, folder, optimizer=adamw(model), memory="420KiB", host=HOST if folder else "64MiB",
         how=tuning(None, **how),
     )  # fmt: skip
     run = zoo.train(name, model, watched.optimizer, steps=steps)
@@ -48,6 +49,76 @@ def test_no_access_is_left_to_chance(
     assert fake.runtime.pinned == {}, "what was pinned is released"
 
 
+def regions(run: Any) -> list[int]:
+    """Bytes of the homes that copies go from and to."""
+    families = run.parts.binding.families
+    return [r.layout.total_elements * r.itemsize for f in families for r in (f.weights, f.grads)]
+
+
+@pytest.mark.parametrize("prefetch", [False, True], ids=["demand", "planned"])
+def test_homes_that_never_move_are_copied_straight(
+    prefetch: bool, fake: fakecuda.Device, zoo: Any
+) -> None:
+    plain = zoo.build("llama")
+    reference = zoo.train("llama", plain, adamw(plain), steps=4)
+    assert zoo.same(train(zoo, "llama", None, prefetch=prefetch), reference)
+    assert min(fake.straight["up"], fake.straight["down"]) > 20
+    assert fake.races == []
+    assert fake.runtime.pinned == {}, "what was pinned is released"
+
+
+def test_gradients_land_in_pinned_homes_that_nobody_holds(fake: fakecuda.Device) -> None:
+    model = Keeper()
+    watched = Watched(model, None, optimizer=adamw(model), host="64MiB", how=tuning(None))
+    run, homes = watched.runtime, watched.runtime.parts.binding.homes
+    staging = 2 * STAGING_BUFFERS * STAGING_BYTES
+    assert sorted(fake.runtime.pinned.values())[: -2 * STAGING_BUFFERS] == sorted(regions(run))
+    assert run.stats()["device"]["pinned_bytes"] == staging + sum(regions(run))
+
+    def backward() -> list[torch.Tensor]:
+        model(torch.ones(4, 64)).sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    first = backward()
+    assert all(home.grad_is_home for home in homes.values())
+    kept = [grad.clone() for grad in first]
+    landed = fake.straight["down"]
+    assert landed == len(first)
+    again = backward()  # is added to what is there
+    assert all(torch.equal(a, 2 * k) for a, k in zip(again, kept, strict=True))
+    assert fake.straight["down"] == landed
+    model.zero_grad()
+    other = backward()  # the homes are held by `first`, which must not change
+    assert fake.straight["down"] == landed
+    assert all(torch.equal(a, 2 * k) for a, k in zip(first, kept, strict=True))
+    assert all(torch.equal(o, k) for o, k in zip(other, kept, strict=True))
+    watched.close()
+    assert fake.runtime.pinned == {}
+
+
+def test_homes_that_cannot_be_pinned_go_through_staging(fake: fakecuda.Device, zoo: Any) -> None:
+    fake.runtime.limit_bytes = 2 * STAGING_BUFFERS * STAGING_BYTES + 400 * KIB
+    plain = zoo.build("llama")
+    reference = zoo.train("llama", plain, adamw(plain), steps=2)
+    with pytest.warns(RuntimeWarning, match="could not be pinned.*CUDA error 2") as said:
+        assert zoo.same(train(zoo, "llama", None, steps=2), reference)
+    assert len(said) == 1
+    assert not fake.straight["up"] + fake.straight["down"]
+    assert fake.races == []
+    assert fake.runtime.pinned == {}
+
+
+def test_narrower_frames_are_filled_through_staging(fake: fakecuda.Device) -> None:
+    model = Keeper()
+    watched = Watched(
+        model, None, optimizer=adamw(model), host="64MiB", how=tuning(None),
+        compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    model(torch.ones(4, 64)).sum().backward()
+    assert not fake.straight["up"] + fake.straight["down"]
+    watched.close()
+
+
 def _read_at_once(self: CudaCopier, mark: Mark) -> None:
     """Compute does not wait for the copy."""
 
@@ -56,19 +127,26 @@ def _write_at_once(self: Any, address: int) -> None:
     """The copy does not wait for compute."""
 
 
+def _go_on(self: fakecuda.Event) -> None:
+    """The host does not wait for what an event stands for."""
+
+
 @pytest.mark.parametrize(
-    ("owner", "method", "broken", "race"),
+    ("on_disk", "owner", "method", "broken", "race"),
     [
-        (fakecuda.Copier, "arrive", _read_at_once, "read too early"),
-        (fakecuda.Memory, "vacant", _write_at_once, "overwritten too early"),
+        (True, fakecuda.Copier, "arrive", _read_at_once, "read too early"),
+        (True, fakecuda.Memory, "vacant", _write_at_once, "overwritten too early"),
+        (False, fakecuda.Memory, "vacant", _write_at_once, "overwritten too early"),
+        (False, fakecuda.Event, "synchronize", _go_on, "a home was given back too early"),
+        (False, fakecuda.Event, "synchronize", _go_on, "the host read too early"),
     ],
 )
 def test_a_missing_wait_is_found(
-    owner: type, method: str, broken: Any, race: str, fake: fakecuda.Device, zoo: Any,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    on_disk: bool, owner: type, method: str, broken: Any, race: str, fake: fakecuda.Device,
+    zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(owner, method, broken)
-    train(zoo, "llama", tmp_path, steps=2)
+    train(zoo, "llama", tmp_path if on_disk else None, steps=2)
     assert race in fake.races
 
 

@@ -54,8 +54,9 @@ class Run:
         self.model = model or mlp()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         tuning = Tuning(device_chunk_bytes=80 * 1024, machine=MACHINE, poison=True, residents=False)
-        given: dict[str, Any] = {"device_memory": "300KiB", "host_memory": HOST, "tuning": tuning}
-        offload.wrap(self.model, self.optimizer, device=place, disk=folder, **(given | options))
+        given: dict[str, Any] = {"device_memory": "300KiB", "host_memory": HOST, "tuning": tuning,
+                                 "disk": folder}  # fmt: skip
+        offload.wrap(self.model, self.optimizer, device=place, **(given | options))
         self.run = offload.runtime(self.model)
         device = self.run.parts.device
         assert device is not None
@@ -107,6 +108,17 @@ def test_p1_budgets_change_no_bit(start: Any) -> None:
     assert roomy.steps(6) == tight.steps(6)
     assert same(roomy.weights(), tight.weights())
     assert tight.device.engine.counters.evictions > 20
+
+
+def test_p1_homes_that_never_move_change_no_bit(start: Any) -> None:
+    """Without a disk a GPU reads and writes homes by itself."""
+    moving, still = start(), start(disk=None)
+    assert moving.steps(6) == still.steps(6)
+    assert same(moving.weights(), still.weights())
+    pinned = [run.run.stats()["device"]["pinned_bytes"] for run in (moving, still)]
+    homes = sum(r.layout.total_elements * r.itemsize for f in still.run.parts.binding.families
+                for r in (f.weights, f.grads))  # fmt: skip
+    assert pinned[1] - pinned[0] == (homes if still.device.place.type == "cuda" else 0)
 
 
 def test_p2_refusals_name_the_tier_and_what_works(start: Any) -> None:
@@ -197,7 +209,7 @@ def test_p3_hooks_of_the_users_see_gradients_that_are_there(start: Any) -> None:
 
 def test_only_gradients_that_nobody_reads_earlier_leave_late() -> None:
     lane = ThreadLane("d2h", 1)
-    outgoing, reads = Outgoing(PlainCopier(), lane), Reads()
+    outgoing, reads = Outgoing(PlainCopier(), lane, lambda *_: None, lambda _: None), Reads()
     param, grad = nn.Parameter(torch.zeros(4, 4)), torch.ones(4, 4)
 
     def may(grad: Tensor = grad) -> bool:

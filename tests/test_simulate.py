@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload.prefetch.bounds import IDLE, bound
 from offload.prefetch.plan import Ops
 from offload.prefetch.planner import plan, smallest_bytes
 from offload.prefetch.sharing import ALONE, Sharing
-from offload.prefetch.simulate import Deadlock, Lane, Timeline, bound, simulate
+from offload.prefetch.simulate import Deadlock, Lane, Timeline, simulate
 from offload.prefetch.trace import Access, Moment, Need, Phase, Trace
 from offload.tiers.spec import Machine
 from tests.test_planner import traces
@@ -49,7 +50,7 @@ def test_the_engines_own_work_is_foreseen_but_is_no_bound() -> None:
     slow = replace(quick, moments=tuple(replace(m, handling_s=1.0) for m in quick.moments))
     line = simulate(slow, DRIVE, 60, IN_TURN, frozenset({1}))
     assert line.step_s == pytest.approx(2 * (6.0 + 1.0 + 4.0))
-    assert bound(slow, DRIVE, {}, {}) == bound(quick, DRIVE, {}, {})
+    assert bound(IDLE, slow) == bound(IDLE, quick)
 
 
 def test_latency_is_paid_per_transfer() -> None:
@@ -190,29 +191,3 @@ def test_every_timeline_keeps_the_rules(trace: Trace) -> None:
     # What one lap leaves to write the next one does: the drive has all of it in a step's time.
     slack_s = capacity / machine.mixed_write_bytes_per_s
     assert line.step_s + slack_s >= made.forecast.wire_bound_s
-
-
-def test_bound_adds_what_a_barrier_parts() -> None:
-    """Passes: 10 s of disk over 4 of compute; update: 2 s of disk under 7 of compute."""
-    moments = (
-        Moment(Phase.FORWARD, (), 1.0, 0),
-        Moment(Phase.BACKWARD, (), 3.0, 0),
-        Moment(Phase.UPDATE, (), 7.0, 0),
-    )
-    trace = Trace(moments, (), {})
-    reads = {Phase.FORWARD: 60, Phase.BACKWARD: 40}
-    assert bound(trace, DRIVE, reads, {Phase.UPDATE: 10}) == pytest.approx((17.0, 11.0, "disk"))
-    few = {Phase.FORWARD: 60}
-    assert bound(trace, DRIVE, few, {Phase.UPDATE: 10}) == pytest.approx((13.0, 11.0, "compute"))
-
-
-def test_bytes_may_cross_the_barrier_as_far_as_memory_holds_them() -> None:
-    moments = (Moment(Phase.FORWARD, (), 8.0, 0), Moment(Phase.UPDATE, (), 1.0, 0))
-    trace = Trace(moments, (), {})
-    reads = {Phase.FORWARD: 20, Phase.UPDATE: 80}
-    apart, _, _ = bound(trace, DRIVE, reads, {})
-    some, _, _ = bound(trace, DRIVE, reads, {}, spare_bytes=20)
-    enough, wire, _ = bound(trace, DRIVE, reads, {}, spare_bytes=1000)
-    assert apart == pytest.approx(16.0)  # passes 8, update 8
-    assert some == pytest.approx(14.0)  # a fifth of the update's reads come during the passes
-    assert enough == pytest.approx(wire) == pytest.approx(10.0)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from offload.prefetch.bounds import Limit
 from offload.prefetch.plan import Forecast
 from offload.prefetch.planner import smallest_bytes
 from offload.prefetch.trace import Phase
@@ -46,7 +47,8 @@ def facts(now: Situation, **ways: bool) -> Facts:
     kinds = {GRADIENTS: tuple(range(LAYERS, 2 * LAYERS)),
              OPTIMIZER: tuple(range(2 * LAYERS, 4 * LAYERS))}  # fmt: skip
     stalls = {"read": predicted.stall_s}
-    return Facts(1.1 * predicted.bound_s, predicted, None, stalls, now, Ways(chunks=kinds, **ways))
+    ways_of = Ways(chunks=kinds, **ways)
+    return Facts(1.1 * predicted.bound_s, predicted, predicted.limit, stalls, now, ways_of)
 
 
 def test_more_memory_saves_what_it_says() -> None:
@@ -146,6 +148,7 @@ def test_far_from_the_bound_the_cause_is_named() -> None:
 def test_a_slower_link_binds() -> None:
     found = facts(situation(0.4))
     assert found.forecast is not None
-    slow = replace(found, link_bound_s=3 * found.forecast.bound_s)
-    assert verdict(slow)["binding"] == "link"
-    assert verdict(replace(found, forecast=None, now=None))["ratio"] is None
+    link = Limit(3 * found.forecast.bound_s, found.forecast.wire_bound_s, "link")
+    slow = verdict(replace(found, limit=link))
+    assert (slow["binding"], slow["ratio"]) == ("link", pytest.approx(1.1 / 3, rel=1e-3))
+    assert verdict(replace(found, limit=None, forecast=None, now=None))["ratio"] is None

@@ -3,15 +3,14 @@
 A worker reads a home (CPU memory) and fills a frame, converting on the way. The host side of a
 copy is over when the worker returns: only then may the home's pages move. The device side may
 come later; compute waits for its event on the stream, not on the host. A copy to the host is over
-when its worker returns.
+when its worker returns, and so is one straight from a pinned home: that is read by the device.
 """
 
 from __future__ import annotations
 
-import contextlib
-import warnings
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from offload.tiers import vm
-from offload.tiers.home import Chunk, HomeSpace
+from offload.tiers.home import Chunk, HomeSpace, Region
 from offload.tiers.lane import Lane, Ticket
+from offload.tiers.pinned import Pinned
 from offload.tiers.spec import MIB
 
 STAGING_BYTES = 8 * MIB  # per buffer: long enough to reach PCIe's rate, short enough to overlap
@@ -39,6 +39,19 @@ class Copier(Protocol):
     """How bytes get into frames and gradients out of the device."""
 
     host_bytes: int  # staging memory that the host tier pays for
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory that the device reads and writes by itself, homes included."""
+        ...
+
+    def pin(self, regions: Iterable[Region]) -> bool:
+        """Homes that never move: whether copies go straight from there and to there."""
+        ...
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        """Whether this is memory of theirs."""
+        ...
 
     def upload(self, source: Tensor, target: Tensor, mark: Mark) -> None:
         """Copy 1-d source [n] (CPU) over target [n] (device), converting. Runs on a worker."""
@@ -68,7 +81,13 @@ class Copier(Protocol):
 class PlainCopier:
     """Frames in host memory: a copy is a copy."""
 
-    host_bytes = 0
+    host_bytes = pinned_bytes = 0
+
+    def pin(self, regions: Iterable[Region]) -> bool:
+        return False
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return False
 
     def upload(self, source: Tensor, target: Tensor, mark: Mark) -> None:
         target.copy_(source)
@@ -90,10 +109,11 @@ class PlainCopier:
 
 
 class CudaCopier:
-    """Copies through pinned staging buffers, on one stream for each direction, made once.
+    """Copies on one stream for each direction, made once, through pinned staging buffers.
 
-    Homes cannot be pinned themselves, since their pages move. Conversion is done on the host, so
-    narrow types also mean fewer bytes on the wire. Each direction is used by one worker.
+    Homes are pinned themselves where they never move: then what is not converted goes straight.
+    Conversion is done on the host, so narrow types also mean fewer bytes on the wire. Up go two
+    workers, so that a copy is queued while one is on the wire; down goes one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -101,20 +121,54 @@ class CudaCopier:
         self._device = device
         self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._to, self._back = _Staging(device), _Staging(device)
+        self._homes = Pinned(device)
+        self._staging = threading.Lock()  # of uploads: buffers are used in turn
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(p.size_bytes for p in (self._to.pinned, self._back.pinned, self._homes))
+
+    def pin(self, regions: Iterable[Region]) -> bool:
+        """All of them or, where one cannot be pinned, none."""
+        for region in regions:
+            size_bytes = region.layout.total_elements * region.itemsize
+            if not self._homes.add(region.address, size_bytes, region.mapping):
+                self._homes.close()
+                return False
+        return True
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return self._homes.holds(tensor)
 
     def upload(self, source: Tensor, target: Tensor, mark: Mark) -> None:
         with torch.cuda.device(self._device), torch.cuda.stream(self._up):
-            if isinstance(mark.vacant, torch.cuda.Event):
-                self._up.wait_event(mark.vacant)
-            for part in _parts(target):
-                buffer, moved = self._to.next()
-                staged = _as(buffer, target[part])
-                staged.copy_(source[part])
-                target[part].copy_(staged, non_blocking=True)
-                moved.record(self._up)
-            arrived = torch.cuda.Event()
-            arrived.record(self._up)
-            mark.arrived = arrived
+            if source.dtype == target.dtype and self.is_pinned(source):
+                self._await_room(self._up, mark)
+                target.copy_(source, non_blocking=True)
+                # The home may be written to when this returns.
+                self._arrived(mark).synchronize()
+                return
+            with self._staging:
+                self._await_room(self._up, mark)
+                for part in _parts(target):
+                    buffer, moved = self._to.next()
+                    staged = _as(buffer, target[part])
+                    staged.copy_(source[part])
+                    target[part].copy_(staged, non_blocking=True)
+                    moved.record(self._up)
+                self._arrived(mark)
+
+    def _arrived(self, mark: Mark) -> torch.cuda.Event:
+        arrived = torch.cuda.Event()
+        arrived.record(self._up)
+        mark.arrived = arrived
+        return arrived
+
+    @staticmethod
+    def _await_room(stream: torch.cuda.Stream, mark: Mark) -> None:
+        """Have a copy wait for what computes: with the frame, or on the gradient."""
+        if isinstance(mark.vacant, torch.cuda.Event):
+            stream.wait_event(mark.vacant)
 
     def arrive(self, mark: Mark) -> None:
         if isinstance(mark.arrived, torch.cuda.Event):
@@ -138,8 +192,13 @@ class CudaCopier:
             target[part].copy_(staged)
 
         with torch.cuda.device(self._device), torch.cuda.stream(self._down):
-            if isinstance(mark.vacant, torch.cuda.Event):
-                self._down.wait_event(mark.vacant)
+            self._await_room(self._down, mark)
+            if source.dtype == target.dtype and self.is_pinned(target):
+                target.copy_(source, non_blocking=True)
+                moved = torch.cuda.Event()
+                moved.record(self._down)
+                moved.synchronize()
+                return
             for part in _parts(source):
                 if len(leaving) == STAGING_BUFFERS:
                     take_out()
@@ -155,30 +214,24 @@ class CudaCopier:
         for stream, staging in ((self._up, self._to), (self._down, self._back)):
             stream.synchronize()
             staging.close()
+        self._homes.close()
 
 
 class _Staging:
     """Host buffers of exactly their size, used in turn, registered with CUDA once.
 
-    torch's own pinned allocator would round up to a power of two. Where pages cannot be registered
-    copies still work, but slowly and one after the other: that is said.
+    Where pages cannot be registered copies still work, but slowly and one after the other.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.pinned = Pinned(device)
         self._buffers = [vm.reserve(STAGING_BYTES) for _ in range(STAGING_BUFFERS)]
         self._moved = [torch.cuda.Event() for _ in self._buffers]
-        self._pinned: list[int] = []
         self._next = 0
         for address in self._buffers:
             vm.want_huge(address, STAGING_BYTES)
             vm.fill(address, STAGING_BYTES, 0)
-            self._pin(address)
-
-    @property
-    def pinned_bytes(self) -> int:
-        """Of the buffers, what CUDA has registered."""
-        return len(self._pinned) * STAGING_BYTES
+            self.pinned.add(address, STAGING_BYTES)
 
     def next(self) -> tuple[Tensor, torch.cuda.Event]:
         """The buffer whose last copy was queued longest ago, when that is over, and its event."""
@@ -189,31 +242,10 @@ class _Staging:
 
     def close(self) -> None:
         """Give the memory back; no copy is in flight."""
-        with torch.cuda.device(self._device):
-            for address in self._pinned:
-                code = int(torch.cuda.cudart().cudaHostUnregister(address))
-                if code != 0:
-                    raise RuntimeError(f"pinned memory could not be released (CUDA error {code})")
+        self.pinned.close()
         for address in self._buffers:
             vm.release(address, STAGING_BYTES)
         self._buffers.clear()
-
-    def _pin(self, address: int) -> None:
-        # The context must be the device's: registering would make one on the current device.
-        with torch.cuda.device(self._device):
-            code = int(torch.cuda.cudart().cudaHostRegister(address, STAGING_BYTES, 0))
-            if code == 0:
-                self._pinned.append(address)
-                return
-            warnings.warn(
-                f"{STAGING_BYTES >> 20} MiB of host memory could not be pinned (CUDA error {code}):"
-                " copies to and from the device will be slow; raise the limit of locked memory "
-                "(ulimit -l)",
-                RuntimeWarning, stacklevel=2,
-            )  # fmt: skip
-            with contextlib.suppress(RuntimeError):
-                # CUDA keeps the error, and the next launch of a kernel would be blamed for it.
-                torch.zeros(1, device=self._device)
 
 
 def _parts(flat: Tensor) -> Iterator[slice]:

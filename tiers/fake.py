@@ -45,4 +45,5 @@ class AdversarialLane:
         ticket.run(work)
         self.meter.moved_bytes += size_bytes
         self.meter.transfers += 1
+        self.meter.busy_s += time.perf_counter() - start_s
         self.spans.append((ticket.chunk, start_s, time.perf_counter(), size_bytes))

@@ -17,6 +17,8 @@ import torch
 from gpu.runner import line
 from torch import nn
 
+Step = Callable[[], Any]
+
 GB = 10**9
 PATTERN = 1 << 20  # elements that weights repeat: random numbers for billions take minutes
 KEPT_FREE = 0.06  # of a cap, for what torch's allocator cannot use and kernels take for a moment
@@ -163,6 +165,19 @@ def tokens_of(args: argparse.Namespace, vocabulary: int) -> torch.Tensor:
     return torch.randint(0, vocabulary, (args.batch, args.tokens), generator=generator)
 
 
+def stepper(model: Any, optimizer: Any, ids: torch.Tensor) -> Step:
+    """The plain loop. The loss stays where it is, until the step is over."""
+
+    def step() -> Any:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
 def synchronize() -> None:
     """Wait for the device, where there is one."""
     if torch.cuda.is_available():
@@ -212,7 +227,10 @@ def peaks() -> dict[str, int]:
 def plain_stats(run: Any) -> dict[str, Any]:
     """What a run of ours says of itself, as far as a results file wants it."""
     stats = run.stats()
-    return {k: stats[k] for k in ("step_s", "bound_s", "tiers", "device", "lanes", "stall_s")}
+    told = ("step_s", "bound_s", "wire_bound_s", "binding", "tiers", "device", "lanes", "stall_s")
+    known = stats["step_s"] and stats["bound_s"]
+    over = stats["step_s"] / stats["bound_s"] if known else None
+    return {k: stats[k] for k in told} | {"over_bound": over}
 
 
 def write_reports(run: Any, args: argparse.Namespace, name: str) -> list[str]:

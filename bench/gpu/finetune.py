@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from gpu.common import (
     STEPS,
     WARM_STEPS,
+    Step,
     arguments,
     cap_bytes,
     llama,
@@ -23,6 +23,7 @@ from gpu.common import (
     placed,
     plain_stats,
     shape_of,
+    stepper,
     timed,
     tokens_of,
     write_reports,
@@ -33,7 +34,6 @@ import offload
 from offload.config import Tuning
 
 PEERS = ("deepspeed", "fsdp2", "torchao")
-Step = Callable[[], Any]
 
 
 def ours(args: argparse.Namespace, cap: int | None, held: list[Any], disk: str | None) -> Step:
@@ -63,19 +63,6 @@ def plain(args: argparse.Namespace) -> Step:
     def step() -> Any:
         with torch.autocast(place, dtype=torch.bfloat16):
             return inner()
-
-    return step
-
-
-def stepper(model: Any, optimizer: Any, ids: torch.Tensor) -> Step:
-    """The plain loop. The loss stays where it is, until the step is over."""
-
-    def step() -> Any:
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
 
     return step
 

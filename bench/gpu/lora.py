@@ -18,6 +18,7 @@ from gpu.common import (
     placed,
     plain_stats,
     shape_of,
+    stepper,
     timed,
     tokens_of,
 )
@@ -48,14 +49,7 @@ def main() -> None:
     if args.way == "ours":
         offload.wrap(model, optimizer, compute_dtype=torch.bfloat16, **placed(args, cap))
 
-    def step() -> Any:
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    row = measured(args, shape, *timed(step, WARM_STEPS, STEPS))
+    row = measured(args, shape, *timed(stepper(model, optimizer, ids), WARM_STEPS, STEPS))
     # Gradients of weights are not computed: 4 FLOPs for each parameter and token, not 6.
     row |= {"way": args.way, "shape": "lora", "tflops": row["tflops"] * 4 / 6}
     if args.way == "ours":

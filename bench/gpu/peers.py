@@ -9,9 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu.common import llama, shape_of, tokens_of
-
-Step = Callable[[], Any]
+from gpu.common import Step, llama, shape_of, stepper, tokens_of
 
 
 def alone() -> None:
@@ -72,7 +70,7 @@ def fsdp2(args: argparse.Namespace) -> Step:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.cuda())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    return _loop(model, optimizer, tokens_of(args, shape.vocabulary).cuda())
+    return stepper(model, optimizer, tokens_of(args, shape.vocabulary).cuda())
 
 
 def torchao(args: argparse.Namespace) -> Step:
@@ -84,18 +82,7 @@ def torchao(args: argparse.Namespace) -> Step:
     optimizer = CPUOffloadOptimizer(
         model.parameters(), torch.optim.AdamW, offload_gradients=True, lr=1e-5, fused=True
     )
-    return _loop(model, optimizer, tokens_of(args, shape.vocabulary).cuda())
-
-
-def _loop(model: Any, optimizer: Any, ids: torch.Tensor) -> Step:
-    def step() -> Any:
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
+    return stepper(model, optimizer, tokens_of(args, shape.vocabulary).cuda())
 
 
 PEER_STEPS: dict[str, Callable[[argparse.Namespace], Step]] = {

@@ -1,0 +1,56 @@
+"""What a step could take at least, from what was recorded of it and the rates of its own copies.
+
+Without a device that is the plan's own forecast. With one, both levels' traces say it together: to
+the host's plan, waiting for a copy is computing.
+"""
+
+from __future__ import annotations
+
+from offload.parts import Parts
+from offload.prefetch.bounds import Framed, Limit, framed_bound
+from offload.steps import Kind, Track
+
+
+def limit_of(parts: Parts, kind: Kind) -> Limit | None:
+    """Of steps of this kind (of inference: in the form that was called last); None: not known."""
+    above = parts.device.steps.tracks[kind] if parts.device is not None else None
+    return _limit(parts, kind, parts.steps.tracks[kind], above)
+
+
+def limit_of_form(parts: Parts, form: str) -> Limit | None:
+    """Of one form of inference."""
+    above = parts.device.steps.forms.get(form) if parts.device is not None else None
+    return _limit(parts, Kind.INFER, parts.steps.forms[form], above)
+
+
+def _limit(parts: Parts, kind: Kind, track: Track, above: Track | None) -> Limit | None:
+    forecast = track.forecast
+    if forecast is None or track.trace is None:
+        return None
+    limit = forecast.limit
+    if parts.device is not None:
+        if above is None or above.trace is None:
+            return None
+        limit = framed_bound(forecast.drive, track.trace, _framed(parts, kind, above))
+    if track.fits and track.step_s is not None:
+        # Nothing moves and the hooks are off: steps themselves now tell what computing takes.
+        limit = limit._replace(
+            bound_s=min(limit.bound_s, track.step_s),
+            wire_bound_s=min(limit.wire_bound_s, track.step_s),
+        )
+    return limit
+
+
+def _framed(parts: Parts, kind: Kind, above: Track) -> Framed:
+    device = parts.device
+    assert device is not None
+    assert above.trace is not None
+    down_s = 0.0
+    if device.outgoing is not None and kind is Kind.TRAIN and above.steps:
+        down_s = device.outgoing.lane.meter.busy_s / above.steps
+    forecast = above.forecast
+    return Framed(
+        above.trace, device.engine.frames.copied_bytes(), above.bytes_per_s("read"),
+        read_bytes=forecast.read_bytes if forecast is not None else 0, down_s=down_s,
+        kept=device.trust_versions, one_processor=device.place.type == "cpu",
+    )  # fmt: skip
