@@ -51,7 +51,8 @@ def train(
     """Some steps of a small model, which a disk's memory and a device hold in part."""
     model = model or mlp()
     made = optimizer(model.parameters(), lr=1e-2)
-    tuning = Tuning(device_chunk_bytes=80 * 1024, chunk_bytes=64 * 1024, machine=machine)
+    tuning = Tuning(device_chunk_bytes=80 * 1024, chunk_bytes=64 * 1024, machine=machine,
+                    residents=False)  # fmt: skip
     where: dict[str, Any] = {"device": device, "device_memory": "300KiB"} if device else {}
     where |= {"host_memory": "560KiB" if disk else "8MiB", "disk": disk}
     offload.wrap(model, made, tuning=tuning, **where)
@@ -128,14 +129,14 @@ def test_computing_on_the_device_binds(tmp_path: Path) -> None:
 
 def test_a_slow_disk_below_frames_binds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what the device waits for it is no computing of the device's."""
-    monkeypatch.setattr(SpillFile, "push", napping(1, SpillFile.push))
+    monkeypatch.setattr(SpillFile, "push", napping(3, SpillFile.push))
     run = train(tmp_path, "emulated", machine=replace(MACHINE, write_bytes_per_s=6.4e6))
     device = run.parts.device
     assert device is not None
     trace = device.steps.tracks[Kind.TRAIN].trace
     assert trace is not None
     host_s = run.parts.engine.counters.stalled_s(below=False) / run.stats()["steps"]
-    assert sum(m.compute_s for m in trace.moments) < host_s / 4
+    assert sum(m.compute_s for m in trace.moments) < host_s / 2
     check(run, "disk")
 
 
