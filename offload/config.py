@@ -31,7 +31,8 @@ class Tuning:
     separate arena in host memory; ``device_chunk_bytes``: how much neighbours that share a frame
     may take. ``trust_versions``: copies on the device outlive passes; writes to weights through
     ``.data`` or numpy are then not seen before the next update. ``tapes``: what each planned step
-    does is noted, for ``runtime.report``; what that costs is in bench/recording.py.
+    does is noted, for ``runtime.report``; what that costs is in bench/recording.py. ``disk_io``:
+    "direct", or "kvikio", which needs the extra ``gds`` and a CUDA driver.
     """
 
     chunk_bytes: int | None = None
@@ -44,6 +45,7 @@ class Tuning:
     device_chunk_bytes: int | None = None
     trust_versions: bool = False
     tapes: bool = True
+    disk_io: str = "direct"
 
 
 @dataclass(frozen=True, slots=True)
