@@ -25,7 +25,7 @@ from offload.bind import (
 )
 from offload.config import Given, Size, Tuning, understand, with_activations
 from offload.engine import Engine
-from offload.errors import BudgetError, SpillError
+from offload.errors import BudgetError, OffloadError, SpillError
 from offload.groupwise import format_of
 from offload.handle import Handle, taken_over
 from offload.heap import FREE_KEPT_BYTES, kept_bytes_for
@@ -47,9 +47,10 @@ from offload.scratch import ScratchMode
 from offload.steps import Planner, Steps
 from offload.swap import SwapFile
 from offload.tiers.copy import LendingHomes
-from offload.tiers.disk import DiskFull, SpillFile
+from offload.tiers.disk import DiskFull
 from offload.tiers.fake import AdversarialLane
 from offload.tiers.frames import FramePool
+from offload.tiers.gds import DiskIORefused, spill_file
 from offload.tiers.home import HomeSpace
 from offload.tiers.lane import Lane, ThreadLane
 from offload.tiers.layout import choose_chunk_bytes
@@ -288,7 +289,12 @@ def _build(
 
 
 def _space(given: Given, tuning: Tuning) -> HomeSpace:
-    disk = SpillFile(given.disk, given.budget.disk_bytes, _say) if given.disk else None
+    disk = None
+    if given.disk is not None:
+        try:
+            disk = spill_file(tuning.disk_io, given.disk, given.budget.disk_bytes, _say)
+        except DiskIORefused as error:
+            raise OffloadError(str(error)) from error
     homes = LendingHomes if given.place is not None else HomeSpace
     return homes(disk, FramePool(poison=tuning.poison), *_lanes(tuning))
 

@@ -34,6 +34,7 @@ class Tuning:
     does is noted, for ``runtime.report``; what that costs is in bench/recording.py. ``residents``:
     weights for which the device has room live and are updated there (offload/residents.py); on
     CUDA, whose kernels round otherwise than the CPU's, numbers then depend on ``device_memory``.
+    ``disk_io``: "direct", or "kvikio", which needs the extra ``gds`` and a CUDA driver.
     """
 
     chunk_bytes: int | None = None
@@ -47,6 +48,7 @@ class Tuning:
     trust_versions: bool = False
     tapes: bool = True
     residents: bool = True
+    disk_io: str = "direct"
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,10 @@ def test_too_many_kept_views_are_refused(tmp_path: Path) -> None:
     watched.close()
 
 
-def test_autograd_grad_and_double_backward(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_autograd_grad_and_double_backward(trained: bool, tmp_path: Path) -> None:
+    """What the optimizer trains leaves beside the pass; copies are late here (adversary)."""
+
     def gradients(model: Any) -> list[Tensor]:
         x = torch.linspace(-1, 1, 64).expand(3, 64).clone().requires_grad_()
         params = list(model.parameters())
@@ -50,7 +53,9 @@ def test_autograd_grad_and_double_backward(tmp_path: Path) -> None:
         return [*first, *(g for g in second if g is not None)]
 
     reference = gradients(seeded(Keeper))
-    watched = Watched(seeded(Keeper), tmp_path, memory="200KiB")
+    model = seeded(Keeper)
+    optimizer = adamw(model) if trained else None
+    watched = Watched(model, tmp_path, optimizer, memory="200KiB")
     for _ in range(2):
         found = gradients(watched.model)
         watched.model.kept.clear()
@@ -58,6 +63,9 @@ def test_autograd_grad_and_double_backward(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, reference, strict=True))
     assert all(p.grad is None for p in watched.model.parameters())
     assert watched.runtime.parts.engine.ledger.other_bytes == 0
+    outgoing = watched.device.outgoing
+    assert outgoing is not None
+    assert (outgoing.lane.meter.moved_bytes > 0) == trained
     watched.close()
 
 

@@ -314,8 +314,8 @@ class HomeSpace:
         checksum = ticket.result if cached is None else cached
         if chunk.checksum not in (ticket.result, checksum):
             sign = self._epoch > chunk.checksum_epoch
-            if cached is not None:  # buffered I/O leaves all pages there, which is then no sign
-                sign |= self.disk.engine != "buffered" or checksum != ticket.result
+            if cached is not None:  # other I/O may leave its own pages there, which is then no sign
+                sign |= self.disk.engine == "O_DIRECT" or checksum != ticket.result
             again = self._read_again(chunk) if sign else None
             if again not in (checksum, chunk.checksum):
                 raise self._corrupt(chunk, checksum)
