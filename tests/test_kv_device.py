@@ -10,8 +10,11 @@ import torch
 from transformers import AttentionInterface
 
 import offload
+from offload.blockcaches import KVAsked
 from offload.errors import BudgetError, OffloadError
+from offload.generateconfig import build_generate
 from offload.places import BlockPlan
+from offload.settings import InputError
 from offload.tiers.spec import KIB, MIB
 from tests import fakecuda
 from tests.framed import Watched, tuning
@@ -70,6 +73,21 @@ def test_same_tokens_as_plain_transformers(
         assert device["device_attentions"] > 50
         assert device["ahead_copies"] > 20
         assert device["copied_bytes"] > 5 * kv["written_bytes"]
+    end(watched, cache)
+
+
+def test_a_block_at_a_time(tmp_path: Path) -> None:
+    """No room beside the block that is copied: none crosses ahead, and none twice in its turn."""
+    expected = generate(build())
+    watched = wrapped(tmp_path)
+    cache = open_cache(watched, attention="device")
+    table: Any = watched.runtime.parts.kv.beyond.table  # type: ignore[union-attr]
+    table.room._ahead_bytes = 0
+    assert same(generate(watched.model, cache), expected)
+    copies = told(watched)["demand_copies"] + told(watched)["ahead_copies"]
+    turns, blocks = told(watched)["device_attentions"], -(-(PROMPT + 40) // 8)
+    assert turns < copies <= turns * blocks
+    assert all(layer.history.tail.copy is None for layer in cache.layers)
     end(watched, cache)
 
 
@@ -153,11 +171,20 @@ def test_eager_with_shared_heads_stays_on_the_device(
     end(watched, cache)
 
 
+def test_settings_of_the_command() -> None:
+    told = {"model": "m", "output": "o", "data.prompts": "p"}
+    assert build_generate(told | {"cache.attention": "host"}).cache.attention == "host"
+    with pytest.raises(InputError, match="auto, host, device, not gpu"):
+        build_generate(told | {"cache.attention": "gpu"})
+    with pytest.raises(ValueError, match="one of auto, host, device"):
+        KVAsked(MIB, attention="gpu")
+
+
 # -- budgets ---------------------------------------------------------------------------------
 
 
 def test_a_device_that_is_too_small_for_a_layers_history_says_so(tmp_path: Path) -> None:
-    rows, how = 24, {"memory": 2 * MIB, "block_tokens": 8}
+    rows, how = 24, dict[str, Any](memory=2 * MIB)
     expected = generate(build(), rows=rows)
     watched = wrapped(tmp_path, memory="160KiB", host="4MiB")
     with pytest.raises(OffloadError, match="one of auto, host, device"):
@@ -206,15 +233,18 @@ def test_streams_wait_for_each_other(
     watched = wrapped(tmp_path, host="50MiB", memory="240KiB", how=tuning(None))
     cache = open_cache(watched, memory=MIB, attention="device")
     kv = watched.runtime.parts.kv.beyond.table  # type: ignore[union-attr]
-    frames: set[int] = set()
+    frames, take = set[int](), kv.room.arena.take
     if broken == "arrive":
         monkeypatch.setattr(kv._copier, "arrive", lambda mark: None)
     elif broken:
         monkeypatch.setattr(kv.room.arena.memory, "vacant", lambda address: None)
-    take = kv.room.arena.take
-    monkeypatch.setattr(
-        kv.room.arena, "take", lambda size: (f := take(size), frames.add(f.address))[0]
-    )
+
+    def noted(size_bytes: int) -> Any:
+        frame = take(size_bytes)
+        frames.add(frame.address)
+        return frame
+
+    monkeypatch.setattr(kv.room.arena, "take", noted)
     generate(watched.model, cache, new=20)
     assert told(watched)["ahead_copies"] > 20
     assert len(frames & fake.written.keys()) > 2, "blocks were copied by the copier of the weights"
