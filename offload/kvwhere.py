@@ -22,15 +22,19 @@ from offload.kvstore import KVStore, Lined
 from offload.prefetch.attention import TRIES, Measured, on_host
 from offload.tiers.lane import Meter
 
+NOT_AS_RETURNED = "its attention does not take them as a cache returns them"
+
 
 @dataclass(slots=True)
 class Attends:
     """What is known of a layer. ``asked``: "auto", "host" or "device"; ``most_queries``: tokens a
-    row that may attend on the host, None: its attention was not seen to take what a cache returns.
+    row that may attend on the host, None: its attention was not seen to take what a cache returns,
+    though it was given that ``unseen`` times (the first may have been the user's).
     """
 
     asked: str
     most_queries: int | None = None
+    unseen: int = 0
 
 
 @dataclass(slots=True)
@@ -148,6 +152,7 @@ class Whereabouts:
         if self._goes_to_host(layer, history, keys.shape[2]):
             return self._append_here(layer, history, keys, values)
         self._calls.device_attentions += history.tokens > 0
+        layer.unseen += layer.most_queries is None
         ride = LayerRide(layer, False, self._host)
         return put_on(ride, history.append(keys, values, self.table))
 
@@ -174,7 +179,8 @@ class Whereabouts:
         if not on_host(layer.asked, size_bytes, queries, self._known()):
             return False
         if self._why_not or not layer.most_queries:
-            self._say(self._why_not or "its attention does not take them as a cache returns them")
+            if self._why_not or layer.most_queries == 0 or layer.unseen > 1:
+                self._say(self._why_not or NOT_AS_RETURNED)
             return False
         return queries <= layer.most_queries
 

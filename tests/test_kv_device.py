@@ -69,10 +69,26 @@ def test_same_tokens_as_plain_transformers(
     assert kv["read_bytes"] > 2 * kv["written_bytes"] > 0
     assert watched.device.engine.counters.evictions > 20
     assert (device["host_attentions"] > 50) == (attention == "host")
+    if attention == "host" and family != "t5":  # which attends to its encoder, too
+        assert device["held_bytes"] == 0, "device memory is for others then"
     if attention == "device":
         assert device["device_attentions"] > 50
         assert device["ahead_copies"] > 20
         assert device["copied_bytes"] > 5 * kv["written_bytes"]
+    end(watched, cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_several_new_tokens(tmp_path: Path, family: str) -> None:
+    """On the host, too, but where heads share keys: that would multiply keys and values there."""
+    ids = torch.randint(1, 96, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+    how: Any = {"max_new_tokens": 30, "do_sample": False, "prompt_lookup_num_tokens": 3}
+    expected = build(FAMILIES[family]).generate(ids, **how)
+    watched = wrapped(tmp_path, family)
+    cache = open_cache(watched, family, attention="host")
+    assert torch.equal(watched.model.generate(ids, past_key_values=cache, **how), expected)
+    assert told(watched)["host_attentions"] > 20
+    assert (told(watched)["device_attentions"] > 0) == (family == "llama")
     end(watched, cache)
 
 
