@@ -43,7 +43,7 @@ class Ride(Protocol):
         ...
 
     def attended(self, seconds: float) -> None:
-        """The host has computed attention to them, in so long."""
+        """The call that computes attention to them took so long."""
         ...
 
 
@@ -55,16 +55,33 @@ def put_on(ride: Ride, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class Interface:
-    """The attention functions of one model; ours between `enter` and `leave`."""
+    """The attention functions of one model; ours between `enter` and `leave`.
+
+    ``why_not``: why that could not be, "" where it could, None before it was tried.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        self.why_not: str | None = None
         self._model: Any = model
         self._before: str | None = None
+        self._said = False
 
-    def enter(self) -> str:
-        """Put ours in place. Returns why that cannot be; "": it was done."""
-        if self._before is not None:
-            return ""
+    def enter(self) -> None:
+        """Put ours in place, where it was not tried since the last `leave`."""
+        if self.why_not is None:
+            self.why_not = self._replace()
+
+    def say(self, why: str) -> None:
+        """Tell the user, once, that all is copied."""
+        if not self._said:
+            self._said = True
+            print(
+                f"offload: keys and values of {type(self._model).__name__} are copied to the "
+                f"device for every token, since attention on the host cannot be had: {why}",
+                file=sys.stderr,
+            )
+
+    def _replace(self) -> str:
         why, name = _why_not(self._model)
         if why:
             return why
@@ -78,7 +95,7 @@ class Interface:
 
     def leave(self) -> None:
         """Put the model's own back, unless somebody has set another since."""
-        before, self._before = self._before, None
+        before, self._before, self.why_not = self._before, None, None
         if before is not None and _names(self._model) == {OURS[before]}:
             self._model.set_attn_implementation(before)
 
@@ -136,7 +153,10 @@ def attend(
     if ride is not None:
         ride.arrived(_most_queries(name, module, function))
     if ride is None or not ride.on_host:
+        began_s = time.perf_counter()
         result: tuple[Tensor, Any] = function(module, query, key, value, attention_mask, **rest)
+        if ride is not None:
+            ride.attended(time.perf_counter() - began_s)
         return result
 
     def there(x: Any) -> Any:

@@ -6,7 +6,6 @@ Imported only where a cache is asked for: transformers is heavy.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,11 +14,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from offload.attend import Interface, put_on
-from offload.history import History
+from offload.errors import BudgetError
+from offload.history import History, Table
 from offload.kvdevice import DeviceTable
 from offload.kvroom import Block
 from offload.kvstore import KVStore, Lined
-from offload.prefetch.attention import TRIES, Measured, on_host
+from offload.prefetch.attention import FEW_QUERIES, TRIES, Measured, Rate, on_host
 from offload.tiers.lane import Meter
 
 NOT_AS_RETURNED = "its attention does not take them as a cache returns them"
@@ -45,21 +45,21 @@ class Calls:
     device_attentions: int = 0
 
 
-class HostMeter:
-    """How fast the host attends: bytes of keys and values a second, for one query a row."""
+class AttentionMeter:
+    """How fast one place attends, in bytes of keys and values; see `Rate`."""
 
     def __init__(self) -> None:
-        self.bytes_per_s: float | None = None
-        self.at_bytes = 0  # of the history that was tried
-        self._tries: list[tuple[int, float]] = []
+        self.rate = Rate()
+        self._tries: list[tuple[int, int, float]] = []
 
-    def note(self, size_bytes: int, seconds: float) -> None:
+    def note(self, size_bytes: int, queries: int, seconds: float) -> None:
         """One call's. The first of ``TRIES`` and one more touches memory anew, and is left out."""
-        self._tries.append((size_bytes, seconds))
+        self._tries.append((size_bytes, queries, seconds))
         if len(self._tries) > TRIES:
             counted = self._tries[1:]
-            self.bytes_per_s = sum(n for n, _ in counted) / max(sum(s for _, s in counted), 1e-9)
-            self.at_bytes = min(n for n, _ in counted)
+            work_bytes = sum(n * queries for n, queries, _ in counted)
+            seconds = max(sum(s for *_, s in counted), 1e-9)
+            self.rate = Rate(work_bytes / seconds, min(n for n, *_ in counted))
             self._tries.clear()
 
 
@@ -85,42 +85,44 @@ class WeightMeter:
 
 @dataclass(slots=True, eq=False)
 class LayerRide:
-    """See `attend.Ride`. ``size_bytes``: of keys and values, times the queries."""
+    """See `attend.Ride`. ``meter`` None: this call tells nothing of a rate."""
 
     layer: Attends
     on_host: bool
-    meter: HostMeter
-    size_bytes: int = 0
-    gathered_s: float = 0.0
+    meter: AttentionMeter | None
+    size_bytes: int
+    queries: int
+    gathered_s: float
 
     def arrived(self, most_queries: int) -> None:
         self.layer.most_queries = most_queries
 
     def attended(self, seconds: float) -> None:
-        self.meter.note(self.size_bytes, self.gathered_s + seconds)
+        if self.meter is not None:
+            self.meter.note(self.size_bytes, self.queries, self.gathered_s + seconds)
 
 
 class Timed:
-    """A table on the host which knows how long it waited for the disk; see `history.Table`."""
+    """A table that knows how long it was waited for, the disk and the bus; see `history.Table`."""
 
-    def __init__(self, store: KVStore) -> None:
+    def __init__(self, table: Table) -> None:
         self.waited_s = 0.0
-        self._store = store
+        self._table = table
 
     def enter(self, history: Lined) -> None:
-        self._store.enter(history)
+        self._table.enter(history)
 
     def lend(self, size_bytes: int) -> Tensor:
-        return self._store.lend(size_bytes)
+        return self._table.lend(size_bytes)
 
     def fetch(self, block: Block) -> Tensor:
         began_s = time.perf_counter()
-        memory = self._store.fetch(block)
+        memory = self._table.fetch(block)
         self.waited_s += time.perf_counter() - began_s
         return memory
 
     def release(self, block: Block, *, keep: bool) -> None:
-        self._store.release(block, keep=keep)
+        self._table.release(block, keep=keep)
 
 
 class Whereabouts:
@@ -130,11 +132,9 @@ class Whereabouts:
         self.table = table
         self._store = store
         self._interface = Interface(model)
-        self._name = type(model).__name__
-        self._why_not: str | None = None  # attention cannot be on the host; "": it can
-        self._said = False
         self._calls = Calls()
-        self._host = HostMeter()
+        self._here, self._there = AttentionMeter(), AttentionMeter()
+        self._no_room_bytes: int | None = None
         copied = table.counters
         meter = table.lane.meter
         self._weights = WeightMeter(lambda: meter.moved_bytes - copied.copied_bytes)
@@ -146,15 +146,20 @@ class Whereabouts:
 
         What is returned is on the host where attention is to be computed there.
         """
-        if layer.asked != "device" and self._why_not is None:
-            self._why_not = self._interface.enter()
+        if layer.asked != "device":
+            self._interface.enter()
         self._weights.turn(history, len(self._store.histories))
         if self._goes_to_host(layer, history, keys.shape[2]):
             return self._append_here(layer, history, keys, values)
-        self._calls.device_attentions += history.tokens > 0
-        layer.unseen += layer.most_queries is None
-        ride = LayerRide(layer, False, self._host)
-        return put_on(ride, history.append(keys, values, self.table))
+        try:
+            return self._append_there(layer, history, keys, values)
+        except BudgetError as error:
+            if layer.asked != "auto" or error.tier != "device":
+                raise
+            self._no_room_bytes = _size_bytes(history)
+            if not self._goes_to_host(layer, history, keys.shape[2]):
+                raise
+            return self._append_here(layer, history, keys, values)
 
     def stats(self) -> dict[str, Any]:
         """See `KVStore.stats`; ``copied_bytes``: of blocks, to the device."""
@@ -163,7 +168,8 @@ class Whereabouts:
             "held_bytes": self.table.room.held_bytes,
             **asdict(self.table.counters),
             **asdict(self._calls),
-            "host_bytes_per_s": known.host_bytes_per_s,
+            "host_bytes_per_s": known.host.bytes_per_s,
+            "device_bytes_per_s": known.device.bytes_per_s,
             "h2d_bytes_per_s": known.h2d_bytes_per_s,
         }
 
@@ -172,15 +178,15 @@ class Whereabouts:
         self.table.close()
         self._weights.forget()
         self._interface.leave()
-        self._why_not = None
+        self._no_room_bytes = None
 
     def _goes_to_host(self, layer: Attends, history: History, queries: int) -> bool:
-        size_bytes = history.shape.size_bytes(history.tokens)
-        if not on_host(layer.asked, size_bytes, queries, self._known()):
+        if not on_host(layer.asked, _size_bytes(history), queries, self._known()):
             return False
-        if self._why_not or not layer.most_queries:
-            if self._why_not or layer.most_queries == 0 or layer.unseen > 1:
-                self._say(self._why_not or NOT_AS_RETURNED)
+        why_not = self._interface.why_not
+        if why_not or not layer.most_queries:
+            if why_not or layer.most_queries == 0 or layer.unseen > 1:
+                self._interface.say(why_not or NOT_AS_RETURNED)
             return False
         return queries <= layer.most_queries
 
@@ -191,26 +197,36 @@ class Whereabouts:
             self.table.close()  # nothing of it is wanted where histories are attended to here
         self._calls.host_attentions += 1
         keys, values = keys.to("cpu"), values.to("cpu")  # waits for what the device computes
-        timed, began_s = Timed(self._store), time.perf_counter()
+        return self._append(LayerRide(layer, True, self._here, 0, 0, 0.0), history, keys, values)
+
+    def _append_there(
+        self, layer: Attends, history: History, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        layer.unseen += layer.most_queries is None
+        few = history.tokens > 0 and keys.shape[2] <= FEW_QUERIES
+        meter = self._there if few else None
+        states = self._append(LayerRide(layer, False, meter, 0, 0, 0.0), history, keys, values)
+        self._calls.device_attentions += history.tokens > keys.shape[2]
+        return states
+
+    def _append(
+        self, ride: LayerRide, history: History, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        timed, began_s = Timed(self._store if ride.on_host else self.table), time.perf_counter()
         states = history.append(keys, values, timed)
-        gathered_s = time.perf_counter() - began_s - timed.waited_s
-        size_bytes = sum(x.nbytes for x in states) * keys.shape[2]
-        return put_on(LayerRide(layer, True, self._host, size_bytes, gathered_s), states)
+        ride.gathered_s = time.perf_counter() - began_s - timed.waited_s
+        ride.size_bytes, ride.queries = sum(x.nbytes for x in states), keys.shape[2]
+        return put_on(ride, states)
 
     def _known(self) -> Measured:
         return Measured(
-            self._host.bytes_per_s, self._host.at_bytes, _rate(self.table.lane.meter),
-            self._weights.layer_bytes,
+            self._here.rate, self._there.rate, _rate(self.table.lane.meter),
+            self._weights.layer_bytes, self._no_room_bytes,
         )  # fmt: skip
 
-    def _say(self, why: str) -> None:
-        if not self._said:
-            self._said = True
-            print(
-                f"offload: keys and values of {self._name} are copied to the device for every "
-                f"token, since attention on the host cannot be had: {why}",
-                file=sys.stderr,
-            )
+
+def _size_bytes(history: History) -> int:
+    return history.shape.size_bytes(history.tokens)
 
 
 def _rate(meter: Meter) -> float | None:

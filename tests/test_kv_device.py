@@ -114,7 +114,9 @@ def test_auto_tries_the_host_and_keeps_to_the_bits(tmp_path: Path) -> None:
     assert same(generate(watched.model, cache), expected)
     device = told(watched)
     assert device["host_attentions"] >= 5
+    assert device["device_attentions"] >= 5
     assert device["host_bytes_per_s"] > 0
+    assert device["device_bytes_per_s"] > 0
     assert device["h2d_bytes_per_s"] > 0
     end(watched, cache)
 
@@ -216,6 +218,12 @@ def test_a_device_that_is_too_small_for_a_layers_history_says_so(tmp_path: Path)
     copied = told(watched)["copied_bytes"]
     assert same(generate(watched.model, cache, rows=rows), expected)
     assert told(watched)["copied_bytes"] == copied
+    cache.close()
+    cache = open_cache(watched, **how)  # "auto" copies until there is no room
+    attended = told(watched)["host_attentions"]
+    assert same(generate(watched.model, cache, rows=rows), expected)
+    assert told(watched)["copied_bytes"] > copied
+    assert told(watched)["host_attentions"] > attended + 8
     end(watched, cache)
 
 
