@@ -118,7 +118,7 @@ def _asked(config: GenerateConfig) -> Asked:
     if data.batch_size is not None:
         plan = BlockPlan(data.batch_size, data.micro_batches or 1)
     sampling = Sampling(told.temperature, told.top_k, told.top_p, config.compute.seed)
-    kv = KVAsked(config.cache.kv_memory, config.cache.kv_dtype)
+    kv = KVAsked(config.cache.kv_memory, config.cache.kv_dtype, config.cache.attention)
     return Asked(told.max_new_tokens, sampling, told.stop, plan, kv)
 
 

@@ -18,6 +18,7 @@ from offload.kivi import BITS, GROUP
 from offload.kvstore import KVStore
 from offload.parts import Parts
 from offload.places import BlockCost, BlockPlan, KVCost, choose_block
+from offload.prefetch.attention import CHOICES
 from offload.prefetch.cache import choose_block_tokens
 from offload.tiers.spec import format_size, parse_size
 
@@ -26,17 +27,22 @@ from offload.tiers.spec import format_size, parse_size
 class KVAsked:
     """Keys and values in tiers: in so much memory (None: half of what weights leave), so coded.
 
+    ``attention``: to what is on the host, with a device: see `Runtime.kv_cache`.
+
     Raises ValueError for what is no size or no dtype.
     """
 
     memory: Size | None = None
     kv_dtype: str | None = None
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         if self.memory is not None:
             parse_size(self.memory)
         if self.kv_dtype not in (None, *BITS):
             raise ValueError(f"kv_dtype is one of {', '.join(BITS)} or None: {self.kv_dtype!r}")
+        if self.attention not in CHOICES:
+            raise ValueError(f"attention is one of {', '.join(CHOICES)}: {self.attention!r}")
 
     @property
     def in_tiers(self) -> bool:
@@ -161,7 +167,7 @@ class TieredCaches:
         self._model: Any = model
         self._parts = parts
         self._given = given
-        self._kv_dtype = asked.kv_dtype
+        self._asked = asked
         self._plan = BlockPlan(1)
         self._open: list[Any] = []
 
@@ -170,7 +176,7 @@ class TieredCaches:
         """See `Caches`. The block has taken from the ledger what ``cost`` says, for all of it."""
         from offload.kvopen import store_of
 
-        store = store_of(self._parts, self._given, self._memory_bytes)
+        store = store_of(self._model, self._parts, self._given, self._memory_bytes)
         self._plan = plan
         store.room.account.prepaid(self._memory_bytes)
         try:
@@ -191,9 +197,9 @@ class TieredCaches:
             cost.layer_bytes * plan.batch, cost.layers * plan.micro_batches,
             cost.memory_bytes, self._least_tokens,
         )  # fmt: skip
-        cache = new_cache(
-            self._model.config, self._store, Wanted(self._kv_dtype, tokens, plan.micro_batches)
-        )
+        asked = self._asked
+        wanted = Wanted(asked.kv_dtype, tokens, plan.micro_batches, asked.attention)
+        cache = new_cache(self._model.config, self._store, wanted)
         self._open.append(cache)
         self._count()
         return cache

@@ -102,7 +102,7 @@ class DeviceSpace:
         self.slots: dict[nn.Parameter, Slot] = {}
         self.phase = Phase.FORWARD
         self.scrutiny = Scrutiny()
-        self._copier = copier
+        self.copier = copier
         self._host = host
         self._sources: list[Source] = []
         self._uploads: dict[int, tuple[Upload, tuple[int, ...]]] = {}  # chunk -> and versions
@@ -173,7 +173,7 @@ class DeviceSpace:
                 self._submit(upload, host_chunk, source.home(start, stop), into)
         except BaseException:
             self._wait(upload)
-            self._copier.drain(upload.mark)
+            self.copier.drain(upload.mark)
             self._vacate(chunk)
             raise
         chunk.loading = upload.tickets[-1]
@@ -182,7 +182,7 @@ class DeviceSpace:
         """The chunk may be computed with from now on. What users write, ``retire`` takes in."""
         upload, _ = self._uploads[chunk.id]
         self._wait(upload)
-        self._copier.arrive(upload.mark)
+        self.copier.arrive(upload.mark)
         chunk.backing, chunk.loading = Backing.RAM, None
         if self.scrutiny.watching and chunk.frame is not None:
             self.scrutiny.sums[chunk.id] = self.pool.memory.checksum(chunk.frame)
@@ -221,7 +221,7 @@ class DeviceSpace:
         """Give up a copy that was made ahead and is not wanted."""
         upload, _ = self._uploads[chunk.id]
         self._wait(upload)
-        self._copier.drain(upload.mark)
+        self.copier.drain(upload.mark)
         self._vacate(chunk)
 
     # -- what compute asks for --------------------------------------------------------------
@@ -285,7 +285,7 @@ class DeviceSpace:
         """Stop the lane and free the frames that nobody views."""
         for lane in self.lanes.values():
             lane.close()
-        self._copier.close()
+        self.copier.close()
         self.pool.close()
 
     # -- inside -----------------------------------------------------------------------------
@@ -295,7 +295,7 @@ class DeviceSpace:
         upload.tickets.append(ticket)
         homes = self._host.space
         assert isinstance(homes, LendingHomes)
-        work = partial(_copy, self._copier, source, target, upload.mark, self.scrutiny.careful)
+        work = partial(_copy, self.copier, source, target, upload.mark, self.scrutiny.careful)
         homes.lend(homes.chunks[host_chunk], self.lanes["read"], ticket)
         self.lanes["read"].submit(ticket, work, target.nbytes)
 

@@ -200,7 +200,8 @@ class DeviceHooks:
         if param.requires_grad and torch.is_grad_enabled():
             alive = self._reads.note(param, again=recomputes)
             return Use.apply(param, view, self._gradient_out, alive)  # type: ignore[no-any-return]
-        return view
+        # Where nothing is recorded, too, matmul chooses its kernel by whether this is required.
+        return view.requires_grad_(param.requires_grad)
 
     def _read_resident(self, param: nn.Parameter) -> Tensor:
         """Of a weight that lives on the device: itself, or converted to what is computed in."""

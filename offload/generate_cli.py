@@ -32,6 +32,7 @@ def generate(
     disk_memory: options.DiskMemory = None,
     kv_memory: options.KvMemory = None,
     kv_dtype: options.KvDtype = None,
+    attention: options.Attention = None,
     max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,

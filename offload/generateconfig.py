@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from offload.prefetch.attention import CHOICES
 from offload.runconfig import DTYPES, MemoryConfig
 from offload.settings import InputError, absolute_model, build, real, whole
 
@@ -41,10 +42,14 @@ class GenerateCompute:
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """Keys and values in tiers: see ``Runtime.generate``. None: whole, in memory."""
+    """Keys and values in tiers: see ``Runtime.generate``. None: whole, in memory.
+
+    ``attention``: to those on the host, with a GPU: "auto", "host" or "device".
+    """
 
     kv_memory: int | str | None = None
     kv_dtype: str | None = None
+    attention: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,9 @@ def build_generate(values: Mapping[str, Any]) -> GenerateConfig:
     if config.compute.dtype not in (None, *DTYPES):
         options = ", ".join(DTYPES)
         raise InputError(f"compute.dtype must be one of {options}, not {config.compute.dtype!r}")
+    if config.cache.attention not in CHOICES:
+        options = ", ".join(CHOICES)
+        raise InputError(f"cache.attention must be one of {options}, not {config.cache.attention}")
     if config.data.micro_batches is not None and config.data.batch_size is None:
         raise InputError("data.micro_batches needs data.batch_size: give --batch-size")
     config.memory.check()

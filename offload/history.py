@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from offload.errors import OffloadError
 from offload.kivi import Kivi, SquaredError
 from offload.kvroom import Block
-from offload.kvstore import KVStore
+from offload.kvstore import KVStore, Lined
 from offload.tiers import vm
 from offload.tiers.spec import round_up
 
@@ -82,6 +83,28 @@ class Rows:
     now: Tensor | None = None
 
 
+class Table(Protocol):
+    """Where a layer's keys and values are put side by side, block by block: a `KVStore` does it
+    on the host.
+    """
+
+    def enter(self, history: Lined) -> None:
+        """A history is about to be put together."""
+        ...
+
+    def lend(self, size_bytes: int) -> Tensor:
+        """uint8 [size_bytes] for all of it, as long as a view of that lives. Raises BudgetError."""
+        ...
+
+    def fetch(self, block: Block) -> Tensor:
+        """A block's bytes, where the others are. Raises SpillError, BudgetError."""
+        ...
+
+    def release(self, block: Block, *, keep: bool) -> None:
+        """They were copied from; ``keep``: the block stays in the host's memory."""
+        ...
+
+
 @dataclass(slots=True)
 class Errors:
     """Of coded keys and values, over all layers of a cache."""
@@ -105,7 +128,7 @@ class History:
         self._block_tokens = block_tokens
         self._coding = (codec, errors) if codec is not None and errors is not None else None
         self._rows: list[Rows] = []  # of each block
-        self._tail: Block | None = None
+        self.tail: Block | None = None
         self._filled = 0  # tokens in the tail
         store.add(self)
 
@@ -131,12 +154,16 @@ class History:
 
     # -- reading and adding -----------------------------------------------------------------
 
-    def read(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """All keys and values, [batch, heads, tokens, dim], contiguous, on ``device``."""
-        return self._gather(device, 0)
+    def read(self, table: Table | None = None) -> tuple[Tensor, Tensor]:
+        """All keys and values, [batch, heads, tokens, dim], contiguous; ``table`` as `append`."""
+        return self._gather(table or self._store, 0)
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self, keys: Tensor, values: Tensor, table: Table | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Add tokens; returns all keys and values, the new ones in full precision.
+
+        ``table``: where those are put side by side; None: in the store's memory, on the host.
 
         Raises BudgetError, SpillError, and OffloadError for other rows or dtypes than before.
         """
@@ -146,68 +173,68 @@ class History:
                 "cache for another batch"
             )
         before, new = self.tokens, keys.shape[2]
-        all_keys, all_values = self._gather(keys.device, new)
+        all_keys, all_values = self._gather(table or self._store, new)
         all_keys[:, :, before:].copy_(keys)
         all_values[:, :, before:].copy_(values)
         self._take_in(keys, values)
         return all_keys, all_values
 
-    def _gather(self, device: torch.device, more: int) -> tuple[Tensor, Tensor]:
+    def _gather(self, table: Table, more: int) -> tuple[Tensor, Tensor]:
         """Room for all tokens and ``more``, with those that there are in place."""
         total, size = self.tokens + more, self._block_tokens
         if total // size != self.planned:
             self.planned = total // size
             self._store.changed()
-        self._store.enter(self)
-        keys, values = self.shape.cut(self._lend(device, total), total)
+        table.enter(self)
+        # In steps of a block, so that the same memory serves the next token.
+        keys, values = self.shape.cut(table.lend(self._lent_bytes(total)), total)
         for i, (block, rows) in enumerate(zip(self.blocks, self._rows, strict=True)):
-            memory = self._store.fetch(block)
             at = slice(i * size, (i + 1) * size)
-            self._decode(memory, rows, keys[:, :, at], values[:, :, at])
-            self._store.release(block, keep=i < self.keep)
-        if self._tail is not None:
+            self._decode(table.fetch(block), rows, keys[:, :, at], values[:, :, at])
+            table.release(block, keep=i < self.keep)
+        if self.tail is not None:
             done = len(self.blocks) * size
-            for x, part in zip((keys, values), self._in_tail(), strict=True):
-                x[:, :, done : done + self._filled].copy_(part)
+            self._copy_tail(table.fetch(self.tail), keys[:, :, done:], values[:, :, done:])
+            table.release(self.tail, keep=True)
         return keys, values
 
-    def _lend(self, device: torch.device, tokens: int) -> Tensor:
-        # In steps of a block, so that the same pages serve the next token.
-        size_bytes = self._lent_bytes(tokens)
-        if device.type == "cpu":
-            return self._store.room.lend(size_bytes)
-        return torch.empty(size_bytes, dtype=torch.uint8, device=device)
+    def _copy_tail(self, memory: Tensor, keys: Tensor, values: Tensor) -> None:
+        parts = self.shape.cut(memory, self._block_tokens)
+        for x, part in zip((keys, values), parts, strict=True):
+            x[:, :, : self._filled].copy_(part[:, :, : self._filled])
 
     def _lent_bytes(self, tokens: int) -> int:
         return self.shape.size_bytes(round_up(tokens, self._block_tokens))
 
     def _decode(self, memory: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> None:
         plain = self._coding is None
-        if not plain and rows.now is None and keys.device.type == "cpu":
+        if not plain and rows.now is None:
             self._codec.load(memory, keys, values)
             return
         if plain:
             parts = rows.shape.cut(memory, self._block_tokens)
         else:
-            parts = self._blank(rows.shape)
+            parts = self._blank(rows.shape, memory.device)
             self._codec.load(memory, *parts)
         for x, part in zip((keys, values), parts, strict=True):
-            x.copy_(part if rows.now is None else part.index_select(0, rows.now))
+            now = rows.now
+            x.copy_(part if now is None else part.index_select(0, now.to(part.device)))
 
     @property
     def _codec(self) -> Kivi:
         assert self._coding is not None
         return self._coding[0]
 
-    def _blank(self, shape: Shape) -> tuple[Tensor, Tensor]:
+    def _blank(self, shape: Shape, place: torch.device) -> tuple[Tensor, Tensor]:
         tokens = self._block_tokens
-        return shape.cut(torch.empty(shape.size_bytes(tokens), dtype=torch.uint8), tokens)
+        memory = torch.empty(shape.size_bytes(tokens), dtype=torch.uint8, device=place)
+        return shape.cut(memory, tokens)
 
     def _take_in(self, keys: Tensor, values: Tensor) -> None:
         done, new = 0, keys.shape[2]
         while done < new:
-            if self._tail is None:
-                self._tail = self._store.new_block(self.tail_bytes)
+            if self.tail is None:
+                self.tail = self._store.new_block(self.tail_bytes)
             count = min(self._block_tokens - self._filled, new - done)
             self._filled += count
             for part, x in zip(self._in_tail(), (keys, values), strict=True):
@@ -218,32 +245,32 @@ class History:
 
     def _in_tail(self) -> tuple[Tensor, Tensor]:
         """Views of the tokens in the block that is being filled."""
-        assert self._tail is not None
-        assert self._tail.memory is not None
-        keys, values = self.shape.cut(self._tail.memory, self._block_tokens)
+        assert self.tail is not None
+        assert self.tail.memory is not None
+        keys, values = self.shape.cut(self.tail.memory, self._block_tokens)
         return keys[:, :, : self._filled], values[:, :, : self._filled]
 
     def _seal(self) -> None:
         """The tail is full: it is a block now, and may leave."""
-        block, self._tail = self._coded(), None
+        block, self.tail = self._coded(), None
         self._filled = 0
         self.blocks.append(block)
         self._rows.append(Rows(self.shape))
         self._store.release(block, keep=len(self.blocks) <= self.keep)
 
     def _coded(self) -> Block:
-        assert self._tail is not None
+        assert self.tail is not None
         if self._coding is None:
-            return self._tail
+            return self.tail
         codec, errors = self._coding
         block = self._store.new_block(self.block_bytes)
         assert block.memory is not None
-        exact, decoded = self._in_tail(), self._blank(self.shape)
+        exact, decoded = self._in_tail(), self._blank(self.shape, block.memory.device)
         codec.store(*exact, block.memory)
         codec.load(block.memory, *decoded)
         errors.keys.add(exact[0], decoded[0])
         errors.values.add(exact[1], decoded[1])
-        self._store.forget(self._tail)
+        self._store.forget(self.tail)
         return block
 
     # -- rows and ends ----------------------------------------------------------------------
@@ -265,7 +292,7 @@ class History:
         self._store.changed()
 
     def _move_tail(self, rows: Tensor) -> None:
-        before, old = self._tail, self._in_tail() if self._tail is not None else ()
+        before, old = self.tail, self._in_tail() if self.tail is not None else ()
         shape = self.shape.with_rows(len(rows))
         if before is not None and shape == self.shape:
             for part in old:
@@ -273,7 +300,7 @@ class History:
             return
         self.shape = shape
         if before is not None:
-            self._tail = self._store.new_block(self.tail_bytes)
+            self.tail = self._store.new_block(self.tail_bytes)
             for part, x in zip(self._in_tail(), old, strict=True):
                 part.copy_(x.index_select(0, rows))
             self._store.forget(before)
@@ -289,7 +316,7 @@ class History:
                 assert tail.memory is not None
                 parts = self.shape.cut(tail.memory, self._block_tokens)
                 self._decode(self._store.fetch(block), rows, *parts)
-                self._tail, self._filled = tail, left
+                self.tail, self._filled = tail, left
             self.blocks.pop()
             self._rows.pop()
             self._store.forget(block)
@@ -309,9 +336,9 @@ class History:
         self._store.remove(self)
 
     def _drop_tail(self) -> None:
-        if self._tail is not None:
-            self._store.forget(self._tail)
-            self._tail, self._filled = None, 0
+        if self.tail is not None:
+            self._store.forget(self.tail)
+            self.tail, self._filled = None, 0
 
 
 def _framed(size_bytes: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from transformers.cache_utils import (
 from offload.errors import OffloadError
 from offload.history import Errors, History, Shape
 from offload.kivi import BITS, GROUP, Kivi, SquaredError
+from offload.kvopen import check_attention
 from offload.kvstore import KVStore
+from offload.kvwhere import Attends, Whereabouts
 from offload.prefetch.cache import choose_block_tokens
 
 Making = Callable[[Tensor, Tensor], History]
@@ -33,10 +35,14 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, make: Making) -> None:  # the base class would set `keys` and `values`
+    def __init__(  # the base class would set `keys` and `values`
+        self, make: Making, where: Whereabouts | None, attention: str
+    ) -> None:
         self.history: History | None = None
         self.device = torch.device("cpu")
         self._make = make
+        self._where = where  # None: where keys and values lie, attention is computed
+        self._attends = Attends(attention)
 
     @property
     def is_initialized(self) -> bool:
@@ -69,7 +75,9 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         assert self.history is not None
         with torch.no_grad():
-            return self.history.append(key_states, value_states)
+            if self._where is None:
+                return self.history.append(key_states, value_states)
+            return self._where.append(self._attends, self.history, key_states, value_states)
 
     def get_seq_length(self) -> int:
         return self.history.tokens if self.history is not None else 0
@@ -118,7 +126,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _read(self, which: int) -> Tensor | None:
         if self.history is None:
             return None
-        return self.history.read(self.device)[which]
+        return self.history.read(self._where.table if self._where is not None else None)[which]
 
 
 class ManagedCache(DynamicCache):  # type: ignore[misc]
@@ -129,15 +137,20 @@ class ManagedCache(DynamicCache):  # type: ignore[misc]
     neither. Not for training, ``torch.compile`` or copies.
     """
 
-    def __init__(self, config: Any, store: KVStore, make: Callable[[Errors], Making]) -> None:
+    def __init__(
+        self, config: Any, store: KVStore, make: Callable[[Errors], Making],
+        attention: str = "auto",
+    ) -> None:  # fmt: skip
         super().__init__(config=config)
         self._store = store
         self._errors = Errors(SquaredError(), SquaredError())
         making = make(self._errors)
         theirs: list[Any] = self.layers
         self._foreign_bytes = [0] * len(theirs)
+        where = cast("Whereabouts | None", store.beyond)
         self.layers: list[Any] = [
-            ManagedLayer(making) if type(layer) is DynamicLayer else layer for layer in theirs
+            ManagedLayer(making, where, attention) if type(layer) is DynamicLayer else layer
+            for layer in theirs
         ]
 
     def update(
@@ -201,21 +214,24 @@ class Wanted:
     kv_dtype: str | None = None
     block_tokens: int | None = None
     caches: int = 1
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         if self.kv_dtype not in (None, *BITS):
             raise OffloadError(f"kv_dtype is one of {', '.join(BITS)} or None: {self.kv_dtype!r}")
         if self.block_tokens is not None and self.block_tokens < 1:
             raise OffloadError(f"block_tokens is at least 1, not {self.block_tokens}")
+        check_attention(self.attention)
 
 
 def new_cache(config: Any, store: KVStore, wanted: Wanted) -> Any:
     """A cache for a model with this configuration; a pair of them for an encoder-decoder."""
     if not config.is_encoder_decoder:
-        return ManagedCache(config, store, _making(config, store, wanted, 1))
+        return ManagedCache(config, store, _making(config, store, wanted, 1), wanted.attention)
     return ManagedPair(
-        *(ManagedCache(config, store, _making(config, store, wanted, 2)) for _ in range(2))
-    )
+        *(ManagedCache(config, store, _making(config, store, wanted, 2), wanted.attention)
+          for _ in range(2))
+    )  # fmt: skip
 
 
 def _making(

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import sys
 
+from torch import nn
+
 from offload.config import Given
 from offload.errors import OffloadError
+from offload.kvdevice import DeviceRoom, DeviceTable
 from offload.kvroom import BlockFile, Room
-from offload.kvstore import KVStore
+from offload.kvstore import Beyond, KVStore
 from offload.parts import Parts
+from offload.prefetch.attention import CHOICES
 from offload.swap import SwapFile
 from offload.tiers.spec import format_size
 
 
-def store_of(parts: Parts, given: Given, memory_bytes: int | None) -> KVStore:
+def check_attention(asked: str) -> None:
+    """Raises OffloadError for what is no choice."""
+    if asked not in CHOICES:
+        raise OffloadError(f"attention is one of {', '.join(CHOICES)}: {asked!r}")
+
+
+def store_of(model: nn.Module, parts: Parts, given: Given, memory_bytes: int | None) -> KVStore:
     """The run's store, with this limit from now on.
 
     ``memory_bytes`` None: what weights leave of ``host_memory``, at least half of it, and more
@@ -29,7 +39,7 @@ def store_of(parts: Parts, given: Given, memory_bytes: int | None) -> KVStore:
     weights = sum(c.size_bytes for c in parts.engine.space.chunks)
     limit = max(capacity - weights, capacity // 2) if memory_bytes is None else memory_bytes
     if parts.kv is None:
-        parts.kv = _open(parts, given, limit, hard=memory_bytes is not None)
+        parts.kv = _open(model, parts, given, limit, hard=memory_bytes is not None)
     elif not parts.kv.histories:
         parts.kv.limit(limit, hard=memory_bytes is not None)
     elif memory_bytes not in (None, parts.kv.room.hard_bytes):
@@ -40,7 +50,7 @@ def store_of(parts: Parts, given: Given, memory_bytes: int | None) -> KVStore:
     return parts.kv
 
 
-def _open(parts: Parts, given: Given, limit_bytes: int, *, hard: bool) -> KVStore:
+def _open(model: nn.Module, parts: Parts, given: Given, limit_bytes: int, *, hard: bool) -> KVStore:
     engine, opened = parts.engine, list[KVStore]()
 
     def squeezed() -> None:
@@ -54,7 +64,22 @@ def _open(parts: Parts, given: Given, limit_bytes: int, *, hard: bool) -> KVStor
     before = engine.relieve
     engine.relieve = lambda desperate: before(desperate) or store.relieve(desperate)
     engine.kv_disk_bytes = lambda: store.file.used_bytes
+    store.beyond = _beyond(model, parts, given, store)
     return store
+
+
+def _beyond(model: nn.Module, parts: Parts, given: Given, store: KVStore) -> Beyond | None:
+    """What brings histories to a device with memory of its own, or attention to them."""
+    if parts.device is None or given.place is None or not given.place.own_memory:
+        return None
+    from offload.kvwhere import Whereabouts
+
+    engine = parts.device.engine
+    frames = engine.frames
+    table = DeviceTable(store, DeviceRoom(engine), frames.copier, frames.lanes["read"])
+    before = engine.relieve
+    engine.relieve = lambda desperate: before(desperate) or table.relieve(desperate)
+    return Whereabouts(model, store, table)
 
 
 def _storage(parts: Parts, given: Given) -> SwapFile | None:

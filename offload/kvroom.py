@@ -9,6 +9,7 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,18 @@ from offload.tiers.spec import format_size, round_up
 WHAT = "the KV cache"
 
 
+class Copy(Protocol):
+    """Of a block, on a device that computes."""
+
+    def read(self) -> None:
+        """Wait until the block's own memory is not read any more."""
+        ...
+
+    def discard(self) -> None:
+        """Nobody wants it any more."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Block:
     """Bytes in a frame, in the file, in both, or on their way."""
@@ -37,6 +50,7 @@ class Block:
     checksum: int = 0
     loading: Ticket | None = None
     saving: Ticket | None = None
+    copy: Copy | None = None
 
     @property
     def is_away(self) -> bool:
@@ -109,7 +123,7 @@ class Room:
 
     def limit(self, limit_bytes: int, *, hard: bool) -> None:
         """Another limit."""
-        self.limit_bytes = limit_bytes
+        self.limit_bytes = self.given_bytes = limit_bytes
         self.hard_bytes = limit_bytes if hard else None
 
     def within_limit(self, size_bytes: int) -> bool:

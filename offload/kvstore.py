@@ -22,6 +22,7 @@ class Lined(Protocol):
     """What the store knows of one layer's history."""
 
     blocks: list[Block]
+    tail: Block | None  # that is being filled
     planned: int  # blocks that there will be once it was added to
     keep: int  # leading blocks that stay in memory: decided here
 
@@ -40,6 +41,18 @@ class Lined(Protocol):
 
     def close(self) -> None:
         """Forget its blocks, and leave the store."""
+        ...
+
+
+class Beyond(Protocol):
+    """What a device that computes has of the histories."""
+
+    def stats(self) -> dict[str, Any]:
+        """Bytes and events."""
+        ...
+
+    def close(self) -> None:
+        """There is no history any more."""
         ...
 
 
@@ -87,7 +100,7 @@ class KVStore:
         self.histories: list[Lined] = []
         self.order = Order()
         self.side_by_side = 1  # caches whose layers' keys and values are lent at the same time
-        self._given_bytes = room.limit_bytes
+        self.beyond: Beyond | None = None
         self._ahead_bytes: int | None = None  # None: to be decided anew
         self._wanted: deque[Block] = deque()  # to be read, in this order
         self._streamed: dict[Block, None] = {}  # read, or being read, not to stay
@@ -108,14 +121,15 @@ class KVStore:
         self._wanted.clear()
         self._ahead_bytes = None
         if not self.histories:
-            self.room.limit_bytes = self._given_bytes
+            self.room.limit_bytes = self.room.given_bytes
             self.room.trim()
             self.file.close()
+            if self.beyond is not None:
+                self.beyond.close()
 
     def limit(self, limit_bytes: int, *, hard: bool) -> None:
         """Share another limit from now on."""
         self.room.limit(limit_bytes, hard=hard)
-        self._given_bytes = limit_bytes
         self._ahead_bytes = None
 
     def changed(self) -> None:
@@ -137,10 +151,15 @@ class KVStore:
         near = [b for h in (history, coming) if h is not None for b in h.blocks]
         for block in self._streamed.keys() - set(near):  # foreseen, but other things came
             self._drop_streamed(block)
-        self._wanted = deque(dict.fromkeys(b for b in near if b.is_away))
+        # A copy on the device serves its next use; a read meanwhile would be nobody's to await.
+        self._wanted = deque(dict.fromkeys(b for b in near if b.is_away and b.copy is None))
         self._pump()
 
     # -- blocks -----------------------------------------------------------------------------
+
+    def lend(self, size_bytes: int) -> Tensor:
+        """uint8 memory for keys and values side by side; see `Room.lend`."""
+        return self.room.lend(size_bytes)
 
     def new_block(self, size_bytes: int) -> Block:
         """A block in memory, of nobody's history yet. Raises BudgetError."""
@@ -181,6 +200,8 @@ class KVStore:
 
     def forget(self, block: Block) -> None:
         """Nobody wants its contents any more."""
+        if block.copy is not None:
+            block.copy.discard()
         with contextlib.suppress(SpillError):
             if block.saving is not None:
                 self._leaving.remove(block)
@@ -227,6 +248,8 @@ class KVStore:
             history.close()
         self.room.trim()
         self.file.close()
+        if self.beyond is not None:
+            self.beyond.close()
 
     def stats(self) -> dict[str, Any]:
         """Bytes and events; see docs/stats.md."""
@@ -237,6 +260,7 @@ class KVStore:
             "written_bytes": self.file.written_bytes,
             "read_bytes": self.file.read_bytes,
             **asdict(self.counters),
+            "device": self.beyond.stats() if self.beyond is not None else None,
         }
 
     def _shed(self) -> bool:
@@ -299,9 +323,6 @@ class KVStore:
 
     def _drop_streamed(self, block: Block) -> None:
         del self._streamed[block]
-        if block.loading is not None:
-            with contextlib.suppress(SpillError):  # it will be read again, and say so then
-                self.file.finish_load(block)
         self._drop(block)
 
     def _finish_leaving(self) -> None:
@@ -314,6 +335,11 @@ class KVStore:
         self._drop(block)
 
     def _drop(self, block: Block) -> None:
+        if block.copy is not None:
+            block.copy.read()
+        if block.loading is not None:
+            with contextlib.suppress(SpillError):  # it will be read again, and say so then
+                self.file.finish_load(block)
         if block.frame is not None:
             self.room.give(block.frame)
         block.frame = block.memory = None

@@ -67,6 +67,11 @@ KvDtype = Annotated[
     Option(help="Keys and values coded in int4 or int2.", show_default="as computed",
            rich_help_panel=_MEMORY),
 ]  # fmt: skip
+Attention = Annotated[
+    str | None,
+    Option(help="To keys and values on the host, with a GPU: auto, host or device.",
+           show_default="auto", rich_help_panel=_MEMORY),
+]  # fmt: skip
 
 # -- what is read and written -------------------------------------------------------------------
 

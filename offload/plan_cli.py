@@ -255,6 +255,13 @@ def experts_of(policy: Policy, shape: Shape) -> dict[str, Any] | None:
     }
 
 
+def attention_of(policy: Policy) -> str:
+    """Where attention to keys and values outside the device is computed, and how to ask for it."""
+    if policy.cpu_attention:
+        return "attention to keys and values outside the device: on the host (--attention host)"
+    return "keys and values outside the device are copied there (--attention device)"
+
+
 def _show(policy: Policy, shape: Shape, work: Workload) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -274,6 +281,8 @@ def _show(policy: Policy, shape: Shape, work: Workload) -> None:
         f"{policy.batch}; weights {format_size(shape.weights.total_bytes)}"
     )
     console.print(table)
+    if policy.kv.device < 1 and "device" in tiers:
+        console.print(attention_of(policy))
     experts = experts_of(policy, shape)
     if experts is not None:
         console.print(experts["assumption"])

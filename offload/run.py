@@ -155,6 +155,7 @@ class Runtime:
         kv_dtype: str | None = None,
         block_tokens: int | None = None,
         caches: int = 1,
+        attention: str = "auto",
     ) -> Any:
         """``past_key_values`` within the budgets, for ``model.generate`` or the model's forward.
 
@@ -165,6 +166,9 @@ class Runtime:
         numbers, the same for every budget; ``stats()`` of the cache has the error.
         ``block_tokens``: tokens per block (default: chosen); ``caches``: how many will be open at
         once. Call the cache's ``close()`` when done with it. See `offload.kv.ManagedCache`.
+        ``attention`` (with a device): of a few new tokens to keys and values on the host is
+        computed on the "host", on the "device", to which they are then copied, or ("auto") where
+        measured rates say; see docs/tuning.md.
 
         Raises OffloadError for what it cannot do; using it raises BudgetError, SpillError.
         """
@@ -174,9 +178,10 @@ class Runtime:
         config = getattr(self.model, "config", None)
         if not hasattr(config, "get_text_config"):
             raise OffloadError("kv_cache() is for models of transformers, which have a config")
-        wanted = Wanted(kv_dtype, block_tokens, caches)
+        wanted = Wanted(kv_dtype, block_tokens, caches, attention)
         memory_bytes = None if memory is None else parse_size(memory)
-        return new_cache(config, store_of(self.parts, self.given, memory_bytes), wanted)
+        store = store_of(self.model, self.parts, self.given, memory_bytes)
+        return new_cache(config, store, wanted)
 
     def generate(
         self,
@@ -189,6 +194,7 @@ class Runtime:
         plan: BlockPlan | None = None,
         kv_memory: Size | None = None,
         kv_dtype: str | None = None,
+        attention: str = "auto",
         on_step: Callable[[BlockStep], None] | None = None,
     ) -> list[Row]:
         """Go on with many prompts, for throughput: weights move once a step for all rows.
@@ -201,16 +207,17 @@ class Runtime:
         fit: ``stats()["generate"]`` says which and why. ``kv_memory``: keys and values of all rows
         live in so much memory and on disk, as in ``kv_cache``, instead of whole in memory;
         ``kv_dtype`` "int4" or "int2" codes them (other numbers), in half of what weights leave
-        where no ``kv_memory`` is given. ``on_step`` is told of every step, with the rows that ended
-        in it. See ``offload.block``. A row's tokens are those of ``model.generate`` up to the
-        rounding of products of more rows; of an encoder-decoder those that its decoder adds.
+        where no ``kv_memory`` is given; ``attention`` as in ``kv_cache``. ``on_step`` is told of
+        every step, with the rows that ended in it. See ``offload.block``. A row's tokens are those
+        of ``model.generate`` up to the rounding of products of more rows; of an encoder-decoder
+        those that its decoder adds.
 
         Raises OffloadError for models with a recurrent state, and for prompts without a token or
         longer than the model; BudgetError, in advance, for a block that does not fit or where not
         one row does; ValueError for settings out of range.
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        kv = KVAsked(kv_memory, kv_dtype)
+        kv = KVAsked(kv_memory, kv_dtype, attention)
         asked = Asked(max_new_tokens, sampling or Sampling(), stops, plan, kv)
         return generate(self, prompts, asked, tokenizer, on_step)
 

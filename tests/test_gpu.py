@@ -178,7 +178,7 @@ def test_a_stream_of_the_users(zoo: Any, tmp_path: Path) -> None:
 def test_what_is_pinned_is_what_is_debited(zoo: Any, tmp_path: Path) -> None:
     model = zoo.build("llama")
     device = wrap(model, adamw(model), tmp_path)
-    copier = device.engine.frames._copier
+    copier = device.engine.frames.copier
     assert isinstance(copier, CudaCopier)
     pinned = copier.pinned_bytes
     assert pinned == copier.host_bytes == 2 * STAGING_BUFFERS * STAGING_BYTES

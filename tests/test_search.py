@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload.errors import BudgetError
-from offload.plan_cli import choose
+from offload.plan_cli import attention_of, choose
 from offload.prefetch.generation import Policy, Rates, RowCost, Shape, Weights, Workload
 from offload.prefetch.search import (
     Candidate,
@@ -190,3 +190,15 @@ def test_the_rehearsal_knows_that_lanes_share_and_that_the_first_pass_reads_on_d
     assert lone.total_s == pytest.approx(lone.first_s + later_s)
     everything = choose(problem(800 * MIB)).times
     assert everything.first_s == everything.prefill_s
+
+
+def test_attention_goes_where_the_keys_and_values_cross_least() -> None:
+    """Long histories on the host: over a slow bus they stay there, over a fast one they cross."""
+    asked = with_device(4000 * MIB, 160 * MIB)
+    asked = replace(asked, work=Workload(16, 1000, 64))
+    for h2d, on_host in ((1e9, True), (1e12, False)):
+        machine = replace(MACHINE, h2d_bytes_per_s=h2d)
+        found = search(replace(asked, rates=Rates(machine, HOST, DEVICE)))
+        assert found.kv.device < 1
+        assert found.cpu_attention == on_host
+        assert ("--attention host" in attention_of(found)) == on_host

@@ -90,7 +90,7 @@ def one_row(args: argparse.Namespace, model: Any, place: str) -> dict[str, Any]:
 
 
 def many_rows(args: argparse.Namespace, model: Any, rows: int, prompt: int,
-              kv_memory: str | None = None) -> dict[str, Any]:  # fmt: skip
+              kv_memory: str | None = None, attention: str = "auto") -> dict[str, Any]:  # fmt: skip
     """``runtime.generate``: all rows side by side."""
     run, steps = offload.runtime(model), list[Any]()
     generator = torch.Generator().manual_seed(1)
@@ -99,7 +99,7 @@ def many_rows(args: argparse.Namespace, model: Any, rows: int, prompt: int,
     began_s = time.perf_counter()
     run.generate(
         list(prompts), 8 if args.emulated else NEW, kv_memory=kv_memory,
-        plan=BlockPlan(rows), on_step=steps.append,
+        attention=attention, plan=BlockPlan(rows), on_step=steps.append,
     )  # fmt: skip
     took_s, new = time.perf_counter() - began_s, sum(s.new_tokens for s in steps)
     later = [s for s in steps[4:] if not s.prompt_tokens]
@@ -119,13 +119,17 @@ def wrapped(args: argparse.Namespace, cap: int | None, layers: int, **how: Any) 
 
 
 def kv_beyond(args: argparse.Namespace, cap: int | None) -> dict[str, Any]:
-    """Keys and values of all rows larger than the cap, in host memory, some on disk."""
+    """Keys and values of all rows larger than the cap, in host memory, some on disk.
+
+    Attention to them on the host ("kv-host"), after a copy ("kv-device"), or as measured ("kv").
+    """
+    attention = args.way.removeprefix("kv").removeprefix("-") or "auto"
     rows, prompt = (2, 16) if args.emulated else (64, 1024)
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         where = placed(args, cap) | {"disk": folder}
         model = opt(args, 12)
         offload.wrap(model, **where)
-        found = many_rows(args, model, rows, prompt, "8MiB" if args.emulated else "8GiB")
+        found = many_rows(args, model, rows, prompt, "8MiB" if args.emulated else "8GiB", attention)
         offload.runtime(model).close()
     return found
 
@@ -138,7 +142,9 @@ def flexllmgen() -> None:
 
 
 def main() -> None:
-    args = arguments("ours", "accelerate", "many", "flexllmgen", "int4", "kv")
+    args = arguments(
+        "ours", "accelerate", "many", "flexllmgen", "int4", "kv", "kv-host", "kv-device"
+    )
     if args.way == "flexllmgen":
         flexllmgen()
     cap = cap_bytes(args)
