@@ -45,7 +45,7 @@ from offload.room import refuse_without_room, too_small
 from offload.run import Runtime
 from offload.scratch import ScratchMode
 from offload.steps import Planner, Steps
-from offload.swap import SwapFile
+from offload.swap_disk import SwapFile
 from offload.tiers.copy import LendingHomes
 from offload.tiers.disk import DiskFull, SpillFile
 from offload.tiers.fake import AdversarialLane

@@ -9,7 +9,7 @@ from offload.errors import OffloadError
 from offload.kvroom import BlockFile, Room
 from offload.kvstore import KVStore
 from offload.parts import Parts
-from offload.swap import SwapFile
+from offload.swap_disk import SwapFile
 from offload.tiers.spec import format_size
 
 
