@@ -175,7 +175,7 @@ class DeviceEngine(Engine):
             f"{format_size(ledger.budget_bytes)} weights in use take {format_size(held)}, "
             f"activations {format_size(ledger.other_bytes)}, buffers "
             f"{format_size(ledger.fixed_bytes)}; this step needs device_memory of at least "
-            f"{format_size(least)}: give that, or use a smaller batch or gradient checkpointing",
+            f"{format_size(least)}: give that, or {self.outlook.remedy}",
             tier="device",
             needed_bytes=least,
             given_bytes=ledger.budget_bytes,
