@@ -102,7 +102,7 @@ class Planned:
     def begin_pass(self, elements: int, units: int) -> None:
         """A forward pass of the model starts, with so many elements of input."""
         self._site.saved.visit = None  # an interrupt may have left it
-        self._poll()
+        self.poll()
         earlier = [ref for ref in self._pass.visits if ref() is not None]
         # A backward pass may go through several forward passes.
         self._pass = Pass(Profile(elements), units, earlier)
@@ -114,8 +114,13 @@ class Planned:
             return
         now.profile.head_bytes = max(self._engine.ledger.other_bytes - now.last_bytes, 0)
         self._chooser.learn(now.profile)
-        self._poll()
+        self.poll()
         self._read_ahead(len(now.visits))
+
+    def poll(self) -> None:
+        """Take note of transfers that are over and of memory that is free again."""
+        if self._area is not None:
+            self._area.poll()
 
     @property
     def keeps_all(self) -> bool:
@@ -162,7 +167,7 @@ class Planned:
         self._site.saved.visit = None
         if not is_grad_enabled():
             return
-        self._poll()
+        self.poll()
         now, profile, arguments = self._pass, self._pass.profile, (args, kwargs)
         if not profile.seen:
             profile.base_bytes = self._engine.ledger.other_bytes
@@ -250,7 +255,7 @@ class Planned:
             later = ref()
             if later is not None:
                 later.forget()
-        self._poll()
+        self.poll()
         self._read_ahead(at)
 
     def _read_ahead(self, at: int) -> None:
@@ -260,10 +265,6 @@ class Planned:
             if visit is not None and visit.is_away:
                 visit.read_ahead()
                 return
-
-    def _poll(self) -> None:
-        if self._area is not None:
-            self._area.poll()
 
     def _clock(self) -> float:
         """Seconds, of which waiting for transfers is none; work that goes on by itself is over.

@@ -19,6 +19,7 @@ from offload.prefetch.plan import Ops
 from offload.prefetch.trace import Access, Need, Phase
 from offload.steps import Kind, Steps
 from offload.tape import Tape
+from offload.tiers.bus import Bus
 from offload.tiers.home import Chunk, HomeSpace
 from offload.tiers.spec import format_size
 
@@ -37,7 +38,7 @@ class DeviceEngine(Engine):
 
     def need(self, phase: Phase, needs: tuple[Need, ...]) -> None:
         self.frames.phase = phase
-        self._collect()
+        self.collect()
         self._put_off.difference_update(n.chunk for n in needs)
         self._drop_late()
         if self._owed:
@@ -46,7 +47,7 @@ class DeviceEngine(Engine):
         if phase.in_backward and self.follower is None and self.recorder is not None:
             held = sum(self.frames.chunks[n.chunk].size_bytes for n in needs)
             most = self.ledger.capacity_bytes - held
-            passing = self.ledger.other_bytes + self._passing_bytes
+            passing = self.ledger.other_bytes + self.passing_bytes
             self.recorder.see_other(max(min(passing, most), self.ledger.other_bytes))
 
     def await_compute(self) -> None:
@@ -58,7 +59,7 @@ class DeviceEngine(Engine):
         self.pass_through(size_bytes, what)
 
     @property
-    def _passing_bytes(self) -> int:
+    def passing_bytes(self) -> int:
         """What a backward operation may hold beside what was saved: nobody can look into it.
 
         The gradient of the largest result and one more of its size, as a loss over a vocabulary
@@ -69,7 +70,7 @@ class DeviceEngine(Engine):
     def _coming_bytes(self) -> int:
         coming = super()._coming_bytes()
         if self.follower is None and self.phase.in_backward:
-            return max(coming, self._passing_bytes)
+            return max(coming, self.passing_bytes)
         return coming
 
     def serve(self, phase: Phase, param: nn.Parameter) -> Tensor:
@@ -140,18 +141,18 @@ class DeviceEngine(Engine):
         else:
             self._forget(chunk, dead=False)
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
         """Notice what was let go of, perhaps on another thread: views and activations."""
         self.frames.pool.collect()
         while self.given_back:
             self.ledger.give_other(self.given_back.popleft())
 
     def take_other(self, size_bytes: int, what: str, kind: Other = Other.ACTIVATIONS) -> None:
-        self._collect()
+        self.collect()
         super().take_other(size_bytes, what, kind)
 
     def make_room_for(self, size_bytes: int, what: str) -> None:
-        self._collect()
+        self.collect()
         super().make_room_for(size_bytes, what)
 
     def _forget(self, chunk: Chunk, *, dead: bool) -> None:
@@ -197,6 +198,7 @@ class Device:
     steps: Steps
     trust_versions: bool = False
     outgoing: Outgoing | None = None  # gradients leave beside the backward pass
+    bus: Bus | None = None  # to memory of the device's own
     aside_bytes: int = 0  # of the budget, for what the account does not know
 
     def end_pass(self) -> None:

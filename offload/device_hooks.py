@@ -212,6 +212,7 @@ class DeviceHooks:
         with self._lock:
             self._pass.backward = False
             self._device.await_sent(self._host.tape)
+            self._units.planned.poll()
             self._device.end_pass()
             self._host.settle()
             self._grads.nothing_in_flight()
@@ -267,6 +268,7 @@ class DeviceHooks:
     def _end_pass(self) -> None:
         """User code runs from here: no copy of a weight is kept."""
         self._pass.frame, self._pass.backward = None, False
+        self._units.planned.poll()
         self._device.await_sent(self._host.tape)
         self._device.end_pass()
 

@@ -48,6 +48,14 @@ class FramedUnits:
             lambda: not here.ours(),
         )  # fmt: skip
         self.planned = Planned(engine, ways, site)
+        relieve = engine.relieve
+
+        def relieved(desperate: bool) -> bool:
+            found = relieve(desperate)
+            engine.collect()  # what was let go of is noted by the engine, on whatever thread it was
+            return found
+
+        engine.relieve = relieved
         units = find_units(model)
         if ways.setting == "keep":
             if units:

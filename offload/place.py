@@ -25,6 +25,7 @@ from offload.prefetch.planner import DoesNotFit, plan
 from offload.prefetch.trace import Trace
 from offload.steps import Steps
 from offload.tiers.arena import CudaMemory, DeviceArena, PageMemory
+from offload.tiers.bus import Bus
 from offload.tiers.copy import Copier, CudaCopier, PlainCopier
 from offload.tiers.fake import AdversarialLane
 from offload.tiers.lane import Lane, ThreadLane
@@ -150,8 +151,11 @@ def build_device(
             lambda: ledger.used_bytes, lambda: ledger.peak_bytes, place.device
         )
     # Where the device's memory is the host's, a cast on the spot is as good as a copy.
-    outgoing = Outgoing(copier, _lane("d2h", tuning)) if place.own_memory else None
-    return Device(place.device, place.dtype, engine, steps, tuning.trust_versions, outgoing)
+    bus = outgoing = None
+    if place.own_memory:
+        bus = Bus(copier, arena, space.lanes["read"], _lane("d2h", tuning))
+        outgoing = Outgoing(copier, bus.down)
+    return Device(place.device, place.dtype, engine, steps, tuning.trust_versions, outgoing, bus)
 
 
 def _free_bytes(device: torch.device) -> int:

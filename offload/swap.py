@@ -40,10 +40,6 @@ class Arrival(Protocol):
         """Its bytes as uint8, for what computes next; the ticket is done."""
         ...
 
-    def abandon(self) -> None:
-        """Nobody wants it; the ticket is done."""
-        ...
-
 
 class Route(Protocol):
     """How storages leave the tier where activations are, and come back.
@@ -231,7 +227,6 @@ class Parked:
         """Let go of what was read: it is still where it was sent."""
         if self._arrival is not None:
             self._wait("read", self._area.route.back, self._arrival.ticket, "read from")
-            self._arrival.abandon()
             self._arrival, self._used = None, False
             self._area.poll()
 

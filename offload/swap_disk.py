@@ -79,6 +79,11 @@ class SwapStore:
         return self._disk
 
     @property
+    def is_open(self) -> bool:
+        """Whether there is a file, and buffers."""
+        return self._disk is not None
+
+    @property
     def used_bytes(self) -> int:
         """Of the disk."""
         return self._disk.used_bytes if self._disk is not None else 0
@@ -233,9 +238,6 @@ class Pages:
 
     def memory(self) -> Tensor:
         return self._memory
-
-    def abandon(self) -> None:
-        """It goes with this object."""
 
 
 def _copy(to: int, source: int, count: int) -> None:
