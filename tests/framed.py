@@ -40,7 +40,7 @@ class Watched:
     """A wrapped model, and where its chunks went."""
 
     def __init__(
-        self, model: Any, folder: Path, optimizer: torch.optim.Optimizer | None = None,
+        self, model: Any, folder: Path | None, optimizer: torch.optim.Optimizer | None = None,
         memory: str = "420KiB", host: str = "500KiB", how: Tuning | None = None,
         **options: Any,
     ) -> None:  # fmt: skip
