@@ -10,6 +10,7 @@ from typing import Protocol
 
 from offload.engine import Engine
 from offload.prefetch.policy import Link
+from offload.prefetch.trace import Trace
 from offload.swap_disk import SwapStore
 from offload.tiers.spec import Machine
 
@@ -19,8 +20,11 @@ CHUNK_PASSES = 6  # over memory, that a chunk costs the processor which leaves a
 class Below(Protocol):
     """Asked between steps."""
 
-    def look(self, swapped_bytes: int) -> None:
-        """Note the traffic since the last look; of all bytes moved so many were no chunks."""
+    def look(self, trace: Trace, swapped_bytes: int) -> None:
+        """Note the traffic since the last look; of all bytes moved so many were no chunks.
+
+        ``trace``: of the step since then, if there was one.
+        """
         ...
 
     def link(self) -> Link | None:
@@ -48,7 +52,7 @@ class DiskBelow:
         self._busy = 0.0  # share of its time
         self._since = self._now(0)
 
-    def look(self, swapped_bytes: int) -> None:
+    def look(self, trace: Trace, swapped_bytes: int) -> None:
         then, now = self._since, self._now(swapped_bytes)
         self._since = now
         seconds, read, written, swapped = (b - a for a, b in zip(then, now, strict=True))

@@ -101,7 +101,7 @@ class Chooser:
     def decide(self, trace: Trace, swapped_bytes: int) -> bool:
         """Decide if that is due; True when units are to do otherwise than in the trace."""
         if self._below is not None:
-            self._below.look(swapped_bytes)
+            self._below.look(trace, swapped_bytes)
         profile = self.profile
         if self.decision is not None or not profile.seen:
             return False

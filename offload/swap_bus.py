@@ -22,13 +22,15 @@ from offload.device_engine import Device
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
 from offload.outlook import Outlook
+from offload.prefetch.policy import Link
+from offload.prefetch.trace import Trace
 from offload.swap import TICKET_ID, Spot, SwapArea
 from offload.swap_disk import CLOSED, DiskRoute, Pages, Slot, SwapStore
 from offload.tiers import vm
 from offload.tiers.bus import Bus
 from offload.tiers.copy import Mark
-from offload.tiers.lane import Ticket
-from offload.tiers.spec import format_size, round_up
+from offload.tiers.lane import Lane, Ticket
+from offload.tiers.spec import Machine, format_size, round_up
 
 CHUNKS_IN_USE = 4  # of the host, at any moment of a pass: copied from, gradients, what leaves
 
@@ -40,7 +42,8 @@ def ways_in_frames(host: Engine, device: Device, means: Means) -> Ways:
         return Ways("keep")
     if device.bus is not None:
         route = BusRoute(device.bus, host, store, device.engine.outlook)
-        return Ways(means.setting, SwapArea(device.engine, route))
+        below = BusBelow(device, route, means.machine)
+        return Ways(means.setting, SwapArea(device.engine, route), below)
     if store is None or means.machine is None:
         return Ways(means.setting)
     # Frames in the host's own memory: what leaves them has nowhere to go but the disk.
@@ -63,6 +66,11 @@ class BusRoute:
         self._outlook = outlook
         self._pages_gone: deque[int] = deque()  # bytes of the host's, appended to on any thread
         self._leases = Leases(bus)
+
+    @property
+    def has_disk(self) -> bool:
+        """Whether there is a disk below the host."""
+        return self._store is not None
 
     @property
     def disk_bytes(self) -> int:
@@ -165,6 +173,57 @@ class BusRoute:
             f"use, give at least {format_size(ledger.budget_bytes + lacking_bytes)}), or a "
             "disk=... folder, or use a smaller batch or gradient checkpointing"
         )
+
+
+class BusBelow:
+    """The host's memory below a device, and the disk below that (``disk``: its measured rates).
+
+    Rates of the bus are those of the copies that were made until now: of weights, of gradients.
+    """
+
+    def __init__(self, device: Device, route: BusRoute, disk: Machine | None) -> None:
+        self._device = device
+        self._route = route
+        self._disk = disk
+        self._uploaded_bytes = self._swapped_bytes = 0
+        self._busy = 0.0  # share of the passes' time
+
+    def look(self, trace: Trace, swapped_bytes: int) -> None:
+        """The update is no part of a device's trace, nor of the time that hides copies."""
+        uploaded, moved = self._uploaded_bytes, self._swapped_bytes
+        self._uploaded_bytes = self._route.back.meter.moved_bytes
+        self._swapped_bytes = swapped_bytes
+        weights_bytes = self._uploaded_bytes - uploaded - (swapped_bytes - moved) / 2
+        rate, computing_s = _rate(self._route.back), sum(m.compute_s for m in trace.moments)
+        busy_s = max(weights_bytes, 0) / rate if rate else 0.0
+        self._busy = min(busy_s / max(computing_s, 1e-9), 1.0)
+
+    def link(self) -> Link | None:
+        up = _rate(self._route.back)
+        down = _rate(self._route.out) or up
+        if not up:
+            return None  # nothing was copied yet, so nothing is known
+        beyond = None
+        if self._route.has_disk and self._disk is not None:
+            beyond = Link(self._disk.write_bytes_per_s, self._disk.read_bytes_per_s)
+        # Where weights would have to leave for it, the disk pays as if it went there itself.
+        room_bytes = max(self._route.room_bytes(evicting=False), 0)
+        return Link(down, up, 1.0 - self._busy, room_bytes=room_bytes, beyond=beyond)
+
+    @property
+    def working_bytes(self) -> int:
+        return self._device.engine.passing_bytes
+
+    @property
+    def displace_s_per_byte(self) -> float:
+        """Copies of weights are given up after each pass, unless versions are trusted."""
+        rate = _rate(self._route.back)
+        return 1.0 / rate if self._device.trust_versions and rate else 0.0
+
+
+def _rate(lane: Lane) -> float:
+    """Bytes a second of the copies that a lane has made; 0: none yet."""
+    return lane.meter.moved_bytes / lane.meter.busy_s if lane.meter.busy_s else 0.0
 
 
 class Leases:

@@ -22,7 +22,7 @@ from offload.prefetch.trace import Phase
 from offload.steps import Kind
 from offload.tiers.spec import KIB, MIB
 from tests.blocks import Block, Stack, batch, start, stats, train
-from tests.framed import Watched, adamw, tuning
+from tests.framed import MACHINE, Watched, adamw, tuning
 
 ROWS = 64
 LEAST = {"recompute": "480KiB", "swap": "640KiB"}  # of the device; keeping all takes 1.4 MiB
@@ -174,6 +174,45 @@ def test_the_trace_has_the_rerun(wrapped: Any) -> None:
     moments = [m for m in trace.moments if m.phase is Phase.BACKWARD]
     order = [n.chunk for m in moments for n in m.needs if n.chunk in (up, down)]
     assert order[:2] == [up, down]
+
+
+# -- the choice per unit ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("memory", "fits"), [("4MiB", True), ("1100KiB", False), ("800KiB", False)]
+)
+def test_auto_keeps_what_fits(
+    zoo: Any, wrapped: Any, plain: list[Any], memory: str, fits: bool
+) -> None:
+    model, optimizer = start()
+    watched = wrapped("auto", model, optimizer, memory=memory, host="4MiB", how=tuning(None))
+    assert zoo.same(train(model, optimizer, rows=ROWS), plain)
+    ledger = watched.device.engine.ledger
+    assert ledger.peak_bytes <= ledger.budget_bytes
+    assert ledger.other_bytes == 0
+    found = stats(watched.runtime)
+    assert (set(found["ways"]) == {"keep"}) == fits
+    assert found["forecast_peak_bytes"] <= ledger.capacity_bytes
+    assert watched.device.engine.counters.evictions > 100
+
+
+def test_what_is_below_a_device_is_measured(wrapped: Any) -> None:
+    """A link as fast as copies were, into what the host has room for, with the disk beyond."""
+    model, optimizer = start()
+    watched = wrapped("auto", model, optimizer, memory="4MiB", host="4MiB", how=tuning(None))
+    below = watched.runtime.parts.hooks.activations._chooser._below
+    assert below.link() is None, "nothing was copied yet"
+    train(model, optimizer, steps=2, rows=ROWS)
+    link = below.link()
+    up, down = (lane.meter for lane in (watched.device.bus.up, watched.device.bus.down))
+    assert link.read_bytes_per_s == up.moved_bytes / up.busy_s
+    assert link.write_bytes_per_s == down.moved_bytes / down.busy_s
+    host = watched.runtime.parts.engine
+    chunks = sum(c.size_bytes for c in host.space.chunks)
+    assert 0 <= link.room_bytes <= max(host.ledger.capacity_bytes - chunks, 0)
+    assert link.beyond.write_bytes_per_s == MACHINE.write_bytes_per_s
+    assert 0 < link.free_share <= 1 or below._busy == 1
 
 
 # -- where swapped bytes go --------------------------------------------------------------------
