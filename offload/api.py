@@ -95,8 +95,8 @@ def wrap(
     bytes: other numbers than without, the same for every budget. See ``offload.optim.codecs``.
     ``activations``: what becomes of the tensors that repeated blocks save for the backward pass:
     "keep" (the default: the budget must hold them all), "recompute" (a block's forward runs again),
-    "swap" (to disk), or "auto", which keeps them where they fit and otherwise chooses per block
-    from the recorded step. Same bits in all four.
+    "swap" (to disk; from a device to the host's memory first), or "auto", which keeps them where
+    they fit and otherwise chooses per block from the recorded step. Same bits in all four.
     ``weight_dtype="int4"`` or ``"int8"`` stores the weights of linear layers that the optimizer
     does not train in 4.5 or 8.5 bits each, for good: see ``offload.quantised``. Other numbers than
     without, the same for every budget and tier.
