@@ -286,9 +286,13 @@ def test_bytes_that_do_not_arrive_are_an_error(
     loss = model(batch(0, ROWS))
     monkeypatch.setattr(copier, "download", broken)
     with pytest.raises(offload.errors.SpillError, match="the bus is gone"):
-        while area.relieve():
-            pass
+        while_there_is_room_to_gain(area)
     del loss
+
+
+def while_there_is_room_to_gain(area: Any) -> None:
+    while area.relieve():
+        pass
 
 
 # -- nothing is left --------------------------------------------------------------------------
