@@ -15,20 +15,21 @@ from __future__ import annotations
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
 
+from offload.below import Below, DiskBelow
 from offload.chooser import KEEP, Chooser, Profile
 from offload.engine import Engine
 from offload.internals import tree_leaves
 from offload.prefetch.policy import Choice, Way
 from offload.prefetch.trace import Trace
 from offload.rerun import Rerun, Seen
-from offload.saved import Activations, SavedTensors
-from offload.swap import STAGES, SwapArea, SwapFile
+from offload.site import Site
+from offload.swap import SwapArea
+from offload.swap_disk import DiskRoute, SwapFile, SwapStore
 from offload.tiers.spec import Machine
 from offload.visit import Visit
 
@@ -62,28 +63,37 @@ class Means:
 KEEP_ALL = Means("keep", None, None)
 
 
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What a unit may do: as ``setting`` says; swap by way of ``area``, to what is ``below``."""
+
+    setting: str
+    area: SwapArea | None = None
+    below: Below | None = None
+
+
+def ways_at_home(engine: Engine, means: Means) -> Ways:
+    """For activations in the host's memory, as homes are: to the disk."""
+    if means.machine is None or means.file is None:
+        return Ways(means.setting)
+    store = SwapStore(engine, means.file)
+    area = SwapArea(engine, DiskRoute(store, engine.space.lanes))
+    return Ways(means.setting, area, DiskBelow(engine, means.machine, store))
+
+
 class Planned:
     """Decides for each visit of a unit, and keeps the account of a pass.
 
-    ``enter`` fetches the weights that a module itself owns; ``foreign`` tells modules that run
-    code of the user's, which a rerun would run twice.
+    ``engine``: of the tier where activations are.
     """
 
-    def __init__(
-        self, engine: Engine, means: Means, activations: Activations, saved: SavedTensors,
-        enter: Callable[[nn.Module], None], foreign: Callable[[nn.Module], bool],
-    ) -> None:  # fmt: skip
+    def __init__(self, engine: Engine, ways: Ways, site: Site) -> None:
         self._engine = engine
-        self._means = means
-        self._activations = activations
-        self._saved = saved
-        self._enter = enter
-        self._foreign = foreign
-        self._area = SwapArea(engine, means.file) if means.file is not None else None
+        self._setting = ways.setting
+        self._site = site
+        self._area = ways.area
         self._pass = Pass(Profile(0))
-        staging_bytes = STAGES * self._area.stage_bytes if self._area is not None else 0
-        machine = means.machine if self._area is not None else None
-        self._chooser = Chooser(engine, machine, staging_bytes)
+        self._chooser = Chooser(engine, ways.below)
         if self._area is not None:
             engine.relieve = self._area.relieve
 
@@ -91,8 +101,8 @@ class Planned:
 
     def begin_pass(self, elements: int, units: int) -> None:
         """A forward pass of the model starts, with so many elements of input."""
-        self._saved.visit = None  # an interrupt may have left it
-        self._poll()
+        self._site.saved.visit = None  # an interrupt may have left it
+        self.poll()
         earlier = [ref for ref in self._pass.visits if ref() is not None]
         # A backward pass may go through several forward passes.
         self._pass = Pass(Profile(elements), units, earlier)
@@ -104,8 +114,13 @@ class Planned:
             return
         now.profile.head_bytes = max(self._engine.ledger.other_bytes - now.last_bytes, 0)
         self._chooser.learn(now.profile)
-        self._poll()
+        self.poll()
         self._read_ahead(len(now.visits))
+
+    def poll(self) -> None:
+        """Take note of transfers that are over and of memory that is free again."""
+        if self._area is not None:
+            self._area.poll()
 
     @property
     def keeps_all(self) -> bool:
@@ -120,13 +135,13 @@ class Planned:
 
     def wants_another_record(self, trace: Trace | None) -> bool:
         """Between steps: decide, if that is due; True when the next step will run otherwise."""
-        if self._means.setting != "auto" or trace is None:
+        if self._setting != "auto" or trace is None:
             return False
         return self._chooser.decide(trace, self._swapped_bytes)
 
     def close(self) -> None:
         """End transfers and the file."""
-        self._saved.visit = None
+        self._site.saved.visit = None
         if self._area is not None:
             self._engine.relieve = lambda _: False
             self._area.close()
@@ -142,39 +157,37 @@ class Planned:
             "forecast_peak_bytes": decision.peak_bytes if decision else None,
             "forecast_added_s": decision.added_s if decision else None,
             "swapped_bytes": self._swapped_bytes,
-            "disk_bytes": self._area.used_bytes if self._area else 0,
+            "disk_bytes": self._area.route.disk_bytes if self._area else 0,
         }
 
     # -- visits -----------------------------------------------------------------------------
 
     def before(self, name: str, unit: nn.Module, args: Any, kwargs: Any) -> None:
         """A unit's forward is about to run."""
-        self._saved.visit = None
+        self._site.saved.visit = None
         if not is_grad_enabled():
             return
-        self._poll()
+        self.poll()
         now, profile, arguments = self._pass, self._pass.profile, (args, kwargs)
         if not profile.seen:
             profile.base_bytes = self._engine.ledger.other_bytes
         seen = Seen(name, self._clock(), None, self._boundary_bytes(arguments))
-        if self._means.setting == "auto" and self._chooser.decision is None:
+        if self._setting == "auto" and self._chooser.decision is None:
             seen.clock = self._clock
         choice = self._choose(name, unit)
         rerun = None
         if choice.way is Way.RECOMPUTE:
-            rerun = Rerun(
-                unit, seen, arguments, self._activations, self._saved.chunks_of, self._enter
-            )
+            rerun = Rerun(unit, seen, arguments, self._site)
             rerun.results.wanted = frozenset(choice.parts)
-        visit = Visit(seen, choice, self._activations, rerun, arguments, self._enter_backward)
+        visit = Visit(seen, choice, self._site.activations, rerun, arguments, self._enter_backward)
         profile.seen.append(seen)
         profile.choices.append(choice)
         now.visits.append(weakref.ref(visit))
-        self._saved.visit = visit
+        self._site.saved.visit = visit
 
     def after(self, output: object) -> None:
         """It is over (or it raised)."""
-        visit, self._saved.visit = self._saved.visit, None
+        visit, self._site.saved.visit = self._site.saved.visit, None
         if not isinstance(visit, Visit):
             return
         visit.seen.forward_s = self._clock() - visit.seen.forward_s
@@ -182,7 +195,7 @@ class Planned:
         self._pass.last_bytes = self._engine.ledger.other_bytes
 
     def _choose(self, name: str, unit: nn.Module) -> Choice:
-        setting, at = self._means.setting, len(self._pass.profile.seen)
+        setting, at = self._setting, len(self._pass.profile.seen)
         if setting != "auto":
             choice = {"keep": KEEP, "recompute": RECOMPUTE, "swap": SWAP}[setting]
         else:
@@ -190,7 +203,7 @@ class Planned:
             choice = decided if decided is not None else self._guess()
             if (choice.way is Way.KEEP or choice.parts) and self._outgrown(at):
                 choice = RECOMPUTE
-        if choice.way is Way.RECOMPUTE and (self._unsafe or self._foreign(unit)):
+        if choice.way is Way.RECOMPUTE and (self._unsafe or self._site.foreign(unit)):
             choice = SWAP
         return KEEP if choice.way is Way.SWAP and self._area is None else choice
 
@@ -223,7 +236,7 @@ class Planned:
         """Inputs that no visit of this pass has counted."""
         found = 0
         for x in tree_leaves(arguments):
-            if isinstance(x, Tensor) and not self._saved.chunks_of(x):
+            if isinstance(x, Tensor) and self._site.saved.weight(x) is None:
                 storage = x.untyped_storage()
                 if storage.data_ptr() not in self._pass.inputs:
                     self._pass.inputs.add(storage.data_ptr())
@@ -242,7 +255,7 @@ class Planned:
             later = ref()
             if later is not None:
                 later.forget()
-        self._poll()
+        self.poll()
         self._read_ahead(at)
 
     def _read_ahead(self, at: int) -> None:
@@ -253,12 +266,13 @@ class Planned:
                 visit.read_ahead()
                 return
 
-    def _poll(self) -> None:
-        if self._area is not None:
-            self._area.poll()
-
     def _clock(self) -> float:
-        """Seconds, of which waiting for transfers is none."""
+        """Seconds, of which waiting for transfers is none; work that goes on by itself is over.
+
+        That matters where it is measured, and would cost where it is not.
+        """
+        if self._setting == "auto" and self._chooser.decision is None:
+            self._engine.await_compute()
         return time.perf_counter() - sum(self._engine.counters.stall_s.values())
 
     @property

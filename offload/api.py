@@ -45,7 +45,7 @@ from offload.room import refuse_without_room, too_small
 from offload.run import Runtime
 from offload.scratch import ScratchMode
 from offload.steps import Planner, Steps
-from offload.swap import SwapFile
+from offload.swap_disk import SwapFile
 from offload.tiers.copy import LendingHomes
 from offload.tiers.disk import DiskFull
 from offload.tiers.fake import AdversarialLane
@@ -96,8 +96,8 @@ def wrap(
     bytes: other numbers than without, the same for every budget. See ``offload.optim.codecs``.
     ``activations``: what becomes of the tensors that repeated blocks save for the backward pass:
     "keep" (the default: the budget must hold them all), "recompute" (a block's forward runs again),
-    "swap" (to disk), or "auto", which keeps them where they fit and otherwise chooses per block
-    from the recorded step. Same bits in all four.
+    "swap" (to disk; from a device to the host's memory first), or "auto", which keeps them where
+    they fit and otherwise chooses per block from the recorded step. Same bits in all four.
     ``weight_dtype="int4"`` or ``"int8"`` stores the weights of linear layers that the optimizer
     does not train in 4.5 or 8.5 bits each, for good: see ``offload.quantised``. Other numbers than
     without, the same for every budget and tier.

@@ -108,7 +108,7 @@ def _attach_model(run: Runtime, on_grad: OnGrad | None) -> None:
     if parts.device is None:
         parts.hooks = Hooks(*common, on_grad, keeps, parts.means)
     else:
-        parts.hooks = DeviceHooks(*common, parts.device, on_grad, keeps)
+        parts.hooks = DeviceHooks(*common, parts.device, on_grad, keeps, parts.means)
 
 
 def _attach_optimizer(run: Runtime, optimizer: Optimizer, make: Callable[[], ChunkedStep]) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
+from offload.below import Below
 from offload.engine import Engine
-from offload.prefetch.policy import Choice, Decision, Link, Part, Room, Unit, Way, decide
+from offload.prefetch.policy import Choice, Decision, Part, Room, Unit, Way, decide
 from offload.prefetch.trace import Phase, Trace
 from offload.rerun import Seen
-from offload.tiers.spec import Machine
 
 KEEP = Choice(Way.KEEP)
-CHUNK_PASSES = 6  # over memory, that a chunk costs the processor which leaves and comes back
 
 
 @dataclass(slots=True)
@@ -67,41 +65,17 @@ def _parts(group: Sequence[Seen]) -> tuple[Part, ...]:
     )
 
 
-class Traffic:
-    """How busy the disk was with chunks since the last look."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._since = self._now(0)
-
-    def _now(self, swapped_bytes: int) -> tuple[float, int, int, int]:
-        lanes = self._engine.space.lanes
-        moved = lanes["read"].meter.moved_bytes, lanes["write"].meter.moved_bytes
-        return time.perf_counter(), *moved, swapped_bytes
-
-    def busy_share(self, machine: Machine, swapped_bytes: int) -> float:
-        """Share of the time since the last call; ``swapped_bytes`` in all were no chunks."""
-        then, now = self._since, self._now(swapped_bytes)
-        self._since = now
-        seconds, read, written, swapped = (b - a for a, b in zip(then, now, strict=True))
-        busy_s = machine.disk_s(max(read - swapped / 2, 0), max(written - swapped / 2, 0))
-        return min(busy_s / max(seconds, 1e-9), 1.0)
-
-
 class Chooser:
     """Learns from passes, decides once for each kind of pass that is larger or other than before.
 
-    ``units``: how many units the model has, for a guess at what nothing is known of.
-    ``machine`` None: there is nothing to swap to.
+    ``below`` None: there is nothing to swap to.
     """
 
-    def __init__(self, engine: Engine, machine: Machine | None, staging_bytes: int) -> None:
+    def __init__(self, engine: Engine, below: Below | None) -> None:
         self.profile = Profile(0)
         self.decision: Decision | None = None
         self._engine = engine
-        self._machine = machine
-        self._staging_bytes = staging_bytes
-        self._traffic = Traffic(engine)
+        self._below = below
 
     def learn(self, profile: Profile) -> None:
         """A forward pass is over. Its reruns may add to what is seen later."""
@@ -126,17 +100,19 @@ class Chooser:
 
     def decide(self, trace: Trace, swapped_bytes: int) -> bool:
         """Decide if that is due; True when units are to do otherwise than in the trace."""
-        busy = self._traffic.busy_share(self._machine, swapped_bytes) if self._machine else 0.0
+        if self._below is not None:
+            self._below.look(trace, swapped_bytes)
         profile = self.profile
         if self.decision is not None or not profile.seen:
             return False
         if any(s.saved_bytes is None for s in profile.seen):
             return False  # nothing was run backward
         units = measured(profile.seen)
-        self.decision = decide(units, self._room(trace, units, busy), self._link(busy))
+        link = self._below.link() if self._below is not None else None
+        self.decision = decide(units, self._room(trace, units), link)
         return list(self.decision.choices) != profile.choices
 
-    def _room(self, trace: Trace, units: Sequence[Unit], busy: float) -> Room:
+    def _room(self, trace: Trace, units: Sequence[Unit]) -> Room:
         """What the recorded step leaves to units: the rest is chunks, gradients, the head."""
         engine, profile = self._engine, self.profile
         capacity_bytes = engine.ledger.capacity_bytes
@@ -146,7 +122,7 @@ class Chooser:
             (sum(trace.chunk_bytes[n.chunk] for n in m.needs) for m in moments), default=0
         )
         base_bytes = profile.base_bytes + 2 * engine.outlook.largest_gradient_bytes + (
-            self._staging_bytes if homed else 0
+            self._below.working_bytes if self._below is not None else 0
         )  # fmt: skip
         working_bytes = base_bytes + (needs_bytes if homed else 0)
         forward = [m.other_bytes for m in moments if m.phase is Phase.FORWARD]
@@ -160,25 +136,5 @@ class Chooser:
             capacity_bytes - working_bytes,
             max(profile.head_bytes, transient_bytes),
             max(capacity_bytes - base_bytes - chunks_bytes, 0),
-            self._displace_s_per_byte(busy),
+            self._below.displace_s_per_byte if self._below is not None else 0.0,
         )
-
-    def _displace_s_per_byte(self, busy: float) -> float:
-        """Seconds that a byte of chunks costs which leaves and comes back once a step.
-
-        The disk's part is hidden as far as the disk is idle; the processor's (checksums, pages
-        moved, compute threads held up) is not.
-        """
-        if self._machine is None:
-            return 0.0
-        disk_s = 1 / self._machine.read_bytes_per_s + 1 / self._machine.write_bytes_per_s
-        return busy * disk_s + CHUNK_PASSES / self._machine.copy_bytes_per_s
-
-    def _link(self, busy: float) -> Link | None:
-        machine = self._machine
-        if machine is None:
-            return None
-        return Link(
-            machine.write_bytes_per_s, machine.read_bytes_per_s, 1.0 - busy,
-            machine.copy_bytes_per_s,
-        )  # fmt: skip

@@ -89,14 +89,7 @@ def with_activations(given: Given, setting: str) -> Given:
     """The same with what becomes of saved activations. Raises OffloadError for odd settings."""
     if setting not in ACTIVATIONS:
         raise OffloadError(f"activations={setting!r}: give one of {', '.join(ACTIVATIONS)}")
-    if given.place is not None and setting in ("recompute", "swap"):
-        raise OffloadError(
-            f'activations="{setting}" is not offered yet where weights are computed with in frames '
-            "(device=..., compute_dtype=...): leave it out, or use the model's own checkpointing"
-        )
-    if setting == "swap" and given.disk is None:
+    to_host = given.place is not None and given.place.own_memory
+    if setting == "swap" and given.disk is None and not to_host:
         raise OffloadError('activations="swap" needs a disk=... folder to swap to')
-    if given.place is not None and setting == "auto":
-        line = 'activations="auto" keeps all of them where weights are computed with in frames'
-        return replace(given, activations=setting, chosen=(*given.chosen, line))
     return replace(given, activations=setting)

@@ -138,7 +138,7 @@ class DeviceSpace:
     @property
     def pinned_bytes(self) -> int:
         """Host memory that copies read and write without the processor."""
-        return self._copier.pinned_bytes
+        return self.copier.pinned_bytes
 
     def copied_bytes(self) -> list[int]:
         """What crosses to the device for each chunk; frames are rounded up."""

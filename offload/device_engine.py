@@ -23,6 +23,7 @@ from offload.prefetch.trace import Access, Need, Phase
 from offload.residents import Residents
 from offload.steps import Kind, Steps
 from offload.tape import Tape
+from offload.tiers.bus import Bus
 from offload.tiers.home import Chunk, HomeSpace
 from offload.tiers.spec import GIB, format_size
 
@@ -44,7 +45,7 @@ class DeviceEngine(Engine):
 
     def need(self, phase: Phase, needs: tuple[Need, ...]) -> None:
         self.frames.phase = phase
-        self._collect()
+        self.collect()
         self._put_off.difference_update(n.chunk for n in needs)
         self._drop_late()
         if self._owed:
@@ -53,7 +54,7 @@ class DeviceEngine(Engine):
         if phase.in_backward and self.follower is None and self.recorder is not None:
             held = sum(self.frames.chunks[n.chunk].size_bytes for n in needs)
             most = self.ledger.capacity_bytes - held
-            passing = self.ledger.other_bytes + self._passing_bytes
+            passing = self.ledger.other_bytes + self.passing_bytes
             self.recorder.see_other(max(min(passing, most), self.ledger.other_bytes))
 
     def await_compute(self) -> None:
@@ -65,7 +66,7 @@ class DeviceEngine(Engine):
         self.pass_through(size_bytes, what)
 
     @property
-    def _passing_bytes(self) -> int:
+    def passing_bytes(self) -> int:
         """What a backward operation may hold beside what was saved: nobody can look into it.
 
         The gradient of the largest result and one more of its size, as a loss over a vocabulary
@@ -76,7 +77,7 @@ class DeviceEngine(Engine):
     def _coming_bytes(self) -> int:
         coming = super()._coming_bytes()
         if self.follower is None and self.phase.in_backward:
-            return max(coming, self._passing_bytes)
+            return max(coming, self.passing_bytes)
         return coming
 
     def serve(self, phase: Phase, param: nn.Parameter) -> Tensor:
@@ -151,18 +152,18 @@ class DeviceEngine(Engine):
         else:
             self._forget(chunk, dead=False)
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
         """Notice what was let go of, perhaps on another thread: views and activations."""
         self.frames.pool.collect()
         while self.given_back:
             self.ledger.give_other(self.given_back.popleft())
 
     def take_other(self, size_bytes: int, what: str, kind: Other = Other.ACTIVATIONS) -> None:
-        self._collect()
+        self.collect()
         super().take_other(size_bytes, what, kind)
 
     def make_room_for(self, size_bytes: int, what: str) -> None:
-        self._collect()
+        self.collect()
         super().make_room_for(size_bytes, what)
 
     def _forget(self, chunk: Chunk, *, dead: bool) -> None:
@@ -186,7 +187,7 @@ class DeviceEngine(Engine):
             f"{format_size(ledger.budget_bytes)} weights in use take {format_size(held)}, "
             f"activations {format_size(ledger.other_bytes)}, buffers "
             f"{format_size(ledger.fixed_bytes)}; this step needs device_memory of at least "
-            f"{format_size(least)}: give that, or use a smaller batch or gradient checkpointing",
+            f"{format_size(least)}: give that, or {self.outlook.remedy}",
             tier="device",
             needed_bytes=least,
             given_bytes=ledger.budget_bytes,
@@ -213,6 +214,7 @@ class Device:
     settles: bool = False  # weights may come to live there; see offload.residents
     outgoing: Outgoing | None = None  # gradients leave beside the backward pass
     residents: Residents | None = None  # weights that live on the device
+    bus: Bus | None = None  # to memory of the device's own
     aside_bytes: int = 0  # of the budget, for what the account does not know
 
     def lives_here(self, tensor: Tensor) -> bool:

@@ -1,24 +1,17 @@
-"""Hooks for the framed path: weights are read from frames, gradients go to homes on the host.
-
-[Note: two threads]
-On CUDA autograd runs the device's nodes on a thread of its own, while gradients that have reached
-the host are added up on the thread that called ``backward``. Both come here: one lock serialises
-everything that touches residency.
-"""
+"""Hooks for the framed path: weights are read from frames, gradients go to homes on the host."""
 
 from __future__ import annotations
 
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from types import FrameType
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from offload.activations import KEEP_ALL, Means, Planned
 from offload.bind import Binding, Home
 from offload.callers import caller_of_hooks, refuse_transforms
 from offload.calls import call_of
@@ -26,19 +19,20 @@ from offload.device import frame_dtype
 from offload.device_engine import Device
 from offload.engine import Engine
 from offload.errors import OffloadError
+from offload.framed_pass import DeviceBefore, FramedPass
+from offload.framed_units import FramedUnits
 from offload.gradients import GradientHomes, gradient_bytes
 from offload.guard import AllocationGuard
 from offload.homing import check_parameters
 from offload.hook import Hook, has_user_hooks
 from offload.internals import backward_runs, compiled, tree_map, when_backward_ends
 from offload.outgoing import Reads
-from offload.passes import Before, on_stack, undone_if_refused
 from offload.prefetch.trace import Phase
-from offload.saved import Activations
 from offload.steps import Kind, Mode, Steps
+from offload.swap_bus import ways_in_frames
 from offload.tape import Mark
 from offload.tiers.copy import deliver
-from offload.use import SavedInFrames, Use, attach, detach
+from offload.use import Use, attach, detach
 
 
 class DeviceHooks:
@@ -48,20 +42,18 @@ class DeviceHooks:
         self, model: nn.Module, engine: Engine, binding: Binding, steps: Steps, device: Device,
         on_grad: Callable[[nn.Parameter], None] | None = None,
         keeps: Callable[[Home], bool] = lambda _: False,
+        means: Means = KEEP_ALL,
     ) -> None:  # fmt: skip
         self._binding = binding
         self._levels = (steps, device.steps)
         self._host = engine
         self._device = device
-        self._lock = threading.RLock()
         self._grads = GradientHomes(model, engine, binding, on_grad, keeps)
-        self._pass = _Pass()
+        self._pass = FramedPass()
         self._reads = Reads()
         level = device.engine
-        activations = Activations(self._take_activation, level.given_back.append)
-        self._saved = SavedInFrames(
-            level.frames, self._fetch_saved, activations, self._pass.running, device.lives_here
-        )
+        ways = ways_in_frames(engine, device, means)
+        self._units = FramedUnits(model, device, ways, self._pass, self._enter_backward)
         level.outlook.largest_gradient_bytes = max(
             (c.size_bytes for c in level.frames.chunks), default=0
         )
@@ -70,12 +62,25 @@ class DeviceHooks:
 
     def remove(self) -> None:
         """Detach everything; the model reads its parameters themselves again."""
-        self._leave_contexts()
+        self._pass.leave()
         self._undo.close()
+
+    @property
+    def activations(self) -> Planned:
+        """What becomes of activations."""
+        return self._units.planned
+
+    @property
+    def _lock(self) -> AbstractContextManager[Any]:
+        return self._pass.lock
+
+    def _locked(self) -> AbstractContextManager[None]:
+        return self._pass.locked()
 
     def _attach(self, model: nn.Module) -> None:
         undo = self._undo
         undo.callback(self._device.close)
+        undo.callback(self._units.close)
         undo.callback(move_buffers, model, torch.device("cpu"))
         move_buffers(model, self._device.place)
         handles = [
@@ -102,30 +107,36 @@ class DeviceHooks:
             raise OffloadError(CAPTURED)
         with self._lock:
             self._device.engine.frames.pool.memory.follow()
-            self._leave_contexts()  # an interrupt may have skipped the last leave
+            self._pass.leave()  # an interrupt may have skipped the last leave
             self._end_pass()
             self._grads.nothing_in_flight()
-            self._device.settle_residents(self._levels[0])
             check_parameters(module, self._binding)
             self._host.trust.hooks = has_user_hooks(module)
             self._device.engine.frames.scrutiny.careful = self._host.trust.hooks
             kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
             call = call_of("", args, kwargs)
+            if kind is Kind.TRAIN and self._levels[0].current is None:
+                self._units.decide(self._levels)
+            self._device.settle_residents(self._levels[0])
             modes = [steps.begin(kind, call) for steps in self._levels]
-        if kind is Kind.TRAIN and modes[1] is not Mode.FITS:
-            self._push(torch.autograd.graph.saved_tensors_hooks(
-                self._saved.pack, self._saved.unpack
-            ))  # fmt: skip
+            if kind is Kind.TRAIN:
+                self._units.begin_pass(call.extent)
+        units = self._units
+        if kind is Kind.TRAIN and (modes[1] is not Mode.FITS or units.any):
+            self._pass.push(torch.autograd.graph.saved_tensors_hooks(units.pack, units.unpack))
+            self._pass.watched = modes[1] is Mode.RECORD
         if modes[1] is Mode.RECORD:
             self._pass.before = DeviceBefore(module, self._device.place)
-            self._push(AllocationGuard(self._foresee, self._pass.computing))
+            self._pass.push(AllocationGuard(self._foresee, self._pass.computing))
             self._device.engine.frames.scrutiny.watching = True
+        if kind is Kind.TRAIN:
+            units.show_results()
         self._pass.frame = caller_of_hooks()
         return self._moved(args, kwargs)
 
     def _leave_root(self, module: nn.Module, args: object, output: object) -> None:
         with self._lock:
-            self._leave_contexts()
+            self._pass.leave()
             self._end_pass()
             if sys.exc_info()[0] is not None:
                 return  # the forward pass raised: its error is the one to be seen
@@ -133,6 +144,7 @@ class DeviceHooks:
                 for steps in self._levels:
                     steps.end()
             else:
+                self._units.planned.end_pass()
                 self._host.leave_forward()
 
     def _moved(self, args: Any, kwargs: Any) -> Any:
@@ -154,21 +166,6 @@ class DeviceHooks:
 
         return tree_map(move, (args, kwargs), is_leaf=opaque)
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One thread at a time; a refused forward pass leaves random state and buffers alone."""
-        with self._lock:
-            self._pass.depth += 1
-            try:
-                with undone_if_refused(self._pass):
-                    yield
-            finally:
-                self._pass.depth -= 1
-
-    def _take_activation(self, size_bytes: int, what: str) -> None:
-        with self._locked():
-            self._device.engine.take_other(size_bytes, what)
-
     def _foresee(self, size_bytes: int, operation: str) -> None:
         with self._locked():
             self._device.engine.foresee(size_bytes, f"the result of {operation}")
@@ -179,7 +176,7 @@ class DeviceHooks:
         """What ``module.weight`` is: inside the model's forward and its recomputation, a Use."""
         if param in self._binding.residents:
             return self._read_resident(param)
-        recomputes = torch.is_grad_enabled() and backward_runs()
+        recomputes = self._pass.reruns() or (torch.is_grad_enabled() and backward_runs())
         if not (recomputes or self._pass.running()):
             return param
         home = self._binding.homes.get(param)
@@ -207,16 +204,11 @@ class DeviceHooks:
         """Of a weight that lives on the device: itself, or converted to what is computed in."""
         assert self._device.residents is not None
         view = self._device.residents.value(param)
-        if view is None or not (self._pass.running() or backward_runs()):
+        if view is None or not (self._pass.running() or self._pass.reruns() or backward_runs()):
             return param
         if param.requires_grad and torch.is_grad_enabled():
             return Use.apply(param, view, deliver_here, None)  # type: ignore[no-any-return]
-        return view
-
-    def _fetch_saved(self, param: nn.Parameter) -> None:
-        with self._lock:
-            self._enter_backward()
-            self._device.engine.serve(Phase.BACKWARD, param)
+        return view.detach().requires_grad_(param.requires_grad)
 
     # -- backward ---------------------------------------------------------------------------
 
@@ -234,6 +226,7 @@ class DeviceHooks:
         with self._lock:
             self._pass.backward = False
             self._device.await_sent(self._host.tape)
+            self._units.planned.poll()
             self._device.end_pass()
             self._host.settle()
             self._grads.nothing_in_flight()
@@ -289,17 +282,9 @@ class DeviceHooks:
     def _end_pass(self) -> None:
         """User code runs from here: no copy of a weight is kept."""
         self._pass.frame, self._pass.backward = None, False
+        self._units.planned.poll()
         self._device.await_sent(self._host.tape)
         self._device.end_pass()
-
-    def _push(self, context: Any) -> None:
-        context.__enter__()
-        self._pass.contexts.append(context)
-
-    def _leave_contexts(self) -> None:
-        self._pass.before = None
-        while self._pass.contexts:
-            self._pass.contexts.pop().__exit__(None, None, None)
 
 
 def deliver_here(param: nn.Parameter, grad: Tensor) -> Tensor:
@@ -318,39 +303,6 @@ CAPTURED = (
     "a CUDA graph cannot capture a model whose weights are in frames: they are at another address "
     "each time, and copies wait on the host. Capture a model that is not wrapped"
 )
-
-
-class _Pass:
-    """What is under way: a forward pass, a backward pass, and the contexts they run in."""
-
-    def __init__(self) -> None:
-        self.frame: FrameType | None = None  # of the model's call, while it is on the stack
-        self.backward = False
-        self.contexts: list[Any] = []
-        self.before: Before | None = None
-        self.depth = 0  # above 0: our own code runs, whose frames are debited otherwise
-
-    def computing(self) -> bool:
-        """Whether it is the model itself that allocates."""
-        return not self.depth and self.running()
-
-    def running(self) -> bool:
-        """Whether the model's forward is on this thread's stack."""
-        return on_stack(self.frame)
-
-
-class DeviceBefore(Before):
-    """With the device's random state."""
-
-    def __init__(self, model: nn.Module, place: torch.device) -> None:
-        super().__init__(model)
-        self._place = place
-        self._device_rng = torch.cuda.get_rng_state(place) if place.type == "cuda" else None
-
-    def restore(self) -> None:
-        super().restore()
-        if self._device_rng is not None:
-            torch.cuda.set_rng_state(self._device_rng, self._place)
 
 
 def move_buffers(model: nn.Module, place: torch.device) -> None:

@@ -13,7 +13,7 @@ from offload.kvroom import BlockFile, Room
 from offload.kvstore import Beyond, KVStore
 from offload.parts import Parts
 from offload.prefetch.attention import CHOICES
-from offload.swap import SwapFile
+from offload.swap_disk import SwapFile
 from offload.tiers.spec import format_size
 
 

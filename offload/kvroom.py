@@ -17,7 +17,8 @@ from torch import Tensor
 from offload.engine import Engine
 from offload.errors import BudgetError, SpillError
 from offload.ledger import Other
-from offload.swap import TICKET_ID, SwapFile
+from offload.swap import TICKET_ID
+from offload.swap_disk import SwapFile
 from offload.tiers import vm
 from offload.tiers.disk import Disk, DiskFull
 from offload.tiers.frames import Frame, FramePool

@@ -25,6 +25,7 @@ from offload.prefetch.planner import DoesNotFit, plan
 from offload.prefetch.trace import Trace
 from offload.steps import Steps
 from offload.tiers.arena import CudaMemory, DeviceArena, PageMemory
+from offload.tiers.bus import Bus
 from offload.tiers.copy import Copier, CudaCopier, PlainCopier
 from offload.tiers.fake import AdversarialLane
 from offload.tiers.home import Region
@@ -151,13 +152,14 @@ def build_device(
             lambda: ledger.used_bytes, lambda: ledger.peak_bytes, place.device
         )
     # Where the device's memory is the host's, a cast on the spot is as good as a copy.
-    outgoing = None
+    bus = outgoing = None
     if place.own_memory:
+        bus = Bus(copier, arena, space.lanes["read"], _lane("d2h", tuning))
         home_of = binding.homes.get if pinned else lambda _: None
-        outgoing = Outgoing(copier, _lane("d2h", tuning), engine.waited, home_of)
+        outgoing = Outgoing(copier, bus.down, engine.waited, home_of)
     settles = place.own_memory and tuning.residents
     return Device(
-        place.device, place.dtype, engine, steps, tuning.trust_versions, settles, outgoing
+        place.device, place.dtype, engine, steps, tuning.trust_versions, settles, outgoing, bus=bus
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from offload.hooks import Hooks
 from offload.ledger import Other
 from offload.parts import Parts
 from offload.report_tables import GRADIENTS, OPTIMIZER, WEIGHTS, Tables
@@ -144,7 +143,7 @@ def disk_columns(tape: Tape, parts: Parts, tables: Tables, budget_bytes: int | N
     disk = parts.engine.space.disk
     used_bytes = disk.used_bytes if disk is not None else 0
     swapped_bytes, kv_bytes = 0, tape.before.kv_disk_bytes
-    if isinstance(parts.hooks, Hooks):
+    if parts.hooks is not None:
         swapped_bytes = parts.hooks.activations.stats()["disk_bytes"]
     kinds[Other.ACTIVATIONS.value], kinds[Other.KV.value] = swapped_bytes, kv_bytes
     columns.add(0.0, kinds, used_bytes + swapped_bytes + kv_bytes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from offload.frozen import freeze, thaw
 from offload.internals import tree_flatten, tree_unflatten
 from offload.prefetch.policy import Part
 from offload.results import Again, Results, Stopwatch
-from offload.saved import STALE, Activations, Saved, Visitor
+from offload.saved import STALE, Packed, Saved, Visitor
+from offload.site import Saving, Site
 
 
 class _Enough(BaseException):
@@ -33,10 +34,9 @@ class _Enough(BaseException):
 class Dropped:
     """What autograd holds in place of a tensor that a rerun can make again."""
 
-    __slots__ = ("__weakref__", "chunks", "dtype", "index", "rerun", "shape", "visit")
+    __slots__ = ("__weakref__", "dtype", "index", "rerun", "shape", "visit")
 
     def __init__(self, rerun: Rerun, tensor: Tensor, visit: Visitor | None) -> None:
-        self.chunks: tuple[int, ...] = ()
         self.visit = visit
         self.rerun = rerun
         self.index = rerun.note(self)
@@ -73,52 +73,52 @@ class Seen:
 class _Input:
     """An argument that is a tensor: held, and handed to the rerun as a leaf."""
 
-    saved: Saved
+    packed: Packed
     requires_grad: bool
 
-    def again(self) -> Tensor:
-        return self.saved.check().detach().requires_grad_(self.requires_grad)
+    def again(self, saved: Saving) -> Tensor:
+        return saved.unpack(self.packed).detach().requires_grad_(self.requires_grad)
 
 
 class _Arguments:
     """What a unit was given, held for its rerun."""
 
-    def __init__(
-        self, arguments: object, activations: Activations,
-        chunks_of: Callable[[Tensor], tuple[int, ...]],
-    ) -> None:  # fmt: skip
+    def __init__(self, arguments: object, site: Site) -> None:
         leaves, self._spec = tree_flatten(arguments)
+        self._saved = site.saved
         self._leaves: list[object] = []
         for x in leaves:
             if isinstance(x, Tensor):
-                chunks = chunks_of(x)
-                held = Saved(x, chunks, None if chunks else activations)
+                held = site.saved.weight(x) or Saved(x, (), site.activations)
                 self._leaves.append(_Input(held, x.requires_grad))
             else:
                 self._leaves.append(freeze(x))
 
     def again(self) -> Any:
         """The positional and the named ones, to be used once."""
-        leaves = [x.again() if isinstance(x, _Input) else thaw(x) for x in self._leaves]
+        leaves = [x.again(self._saved) if isinstance(x, _Input) else thaw(x) for x in self._leaves]
         return tree_unflatten(leaves, self._spec)
 
     def addresses(self) -> set[int]:
         """Where the tensors' storages are."""
-        held = [x.saved.check() for x in self._leaves if isinstance(x, _Input)]
-        return {x.untyped_storage().data_ptr() for x in held}
+        held = [x.packed for x in self._leaves if isinstance(x, _Input)]
+        return {x.check().untyped_storage().data_ptr() for x in held if isinstance(x, Saved)}
 
 
 class Around:
-    """What a forward pass reads beside its arguments: random state, autocast, buffers, weights."""
+    """What a forward pass reads beside its arguments: random state, autocast, buffers, weights.
 
-    def __init__(self, unit: nn.Module) -> None:
-        self._rng = torch.get_rng_state()
-        self._random = random.getstate()
-        self._autocast = (
-            torch.is_autocast_enabled("cpu"),
-            torch.get_autocast_dtype("cpu"),
-            torch.is_autocast_cache_enabled(),
-        )
+    Of ``place``, where it computes, and of the host.
+    """
+
+    def __init__(self, unit: nn.Module, place: torch.device) -> None:
+        self._place = place
+        self._rng = _random_state(place)
+        self._autocast = {
+            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in {"cpu", place.type}
+        }
+        self._casts_cached = torch.is_autocast_cache_enabled()
         # By value: batch norm writes its statistics without counting a version.
         self._buffers = [(b, b.detach().clone()) for b in unit.buffers()]
         self._weights = [(p, p._version) for p in unit.parameters()]
@@ -136,22 +136,34 @@ class Around:
                 raise RuntimeError(
                     STALE.format(shape=list(param.shape), now=param._version, then=then)
                 )
-        rng, python = torch.get_rng_state(), random.getstate()
+        now = _random_state(self._place)
         present = [(b, b.detach().clone()) for b, _ in self._buffers]
-        enabled, dtype, cache = self._autocast
         try:
             _put(self._buffers)
-            torch.set_rng_state(self._rng)
-            random.setstate(self._random)
-            with (
-                torch.enable_grad(),
-                torch.autocast("cpu", dtype=dtype, enabled=enabled, cache_enabled=cache),
-            ):
+            _set_random_state(self._rng, self._place)
+            with ExitStack() as stack:
+                stack.enter_context(torch.enable_grad())
+                for kind, (on, dtype) in self._autocast.items():
+                    cached = self._casts_cached
+                    stack.enter_context(torch.autocast(kind, dtype, on, cached))
                 yield
         finally:
-            torch.set_rng_state(rng)
-            random.setstate(python)
+            _set_random_state(now, self._place)
             _put(present)
+
+
+def _random_state(place: torch.device) -> tuple[Any, ...]:
+    """Of torch's generators on the host and on this device, and of Python's."""
+    device = torch.cuda.get_rng_state(place) if place.type == "cuda" else None
+    return torch.get_rng_state(), device, random.getstate()
+
+
+def _set_random_state(state: tuple[Any, ...], place: torch.device) -> None:
+    host, device, python = state
+    torch.set_rng_state(host)
+    if device is not None:
+        torch.cuda.set_rng_state(device, place)
+    random.setstate(python)
 
 
 def _put(values: list[tuple[Tensor, Tensor]]) -> None:
@@ -163,26 +175,17 @@ def _put(values: list[tuple[Tensor, Tensor]]) -> None:
 
 
 class Rerun:
-    """One visit of a unit whose forward can run again.
+    """One visit of a unit whose forward can run again. Weights are never dropped."""
 
-    ``chunks_of`` tells weights, which are never dropped; ``enter`` fetches those that the unit
-    itself owns, as its own hook would.
-    """
-
-    def __init__(
-        self, unit: nn.Module, seen: Seen, arguments: object, activations: Activations,
-        chunks_of: Callable[[Tensor], tuple[int, ...]], enter: Callable[[nn.Module], None],
-    ) -> None:  # fmt: skip
+    def __init__(self, unit: nn.Module, seen: Seen, arguments: object, site: Site) -> None:
         self._unit = unit
         self._seen = seen
-        self._activations = activations
-        self._chunks_of = chunks_of
-        self._enter = enter
-        self._arguments = _Arguments(arguments, activations, chunks_of)
-        self._around = Around(unit)
+        self._site = site
+        self._arguments = _Arguments(arguments, site)
+        self._around = Around(unit, site.place)
         self._dropped: list[weakref.ref[Dropped]] = []
         self._made: dict[int, Saved] = {}
-        self.results = Results(activations)
+        self.results = Results(site.activations)
 
     def note(self, dropped: Dropped) -> int:
         """One more tensor is dropped; its place in the order."""
@@ -219,21 +222,25 @@ class Rerun:
         wanted = {i for i, ref in enumerate(self._dropped) if ref() is not None}
         last, seen = max(wanted), 0
 
-        def pack(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> Tensor | Packed:
             nonlocal seen
-            if not self._chunks_of(tensor):
-                if seen in wanted:
-                    self._keep(seen, tensor)
-                if seen == last:
-                    raise _Enough
-                seen += 1
+            weight = self._site.saved.weight(tensor)
+            if weight is not None:
+                return weight
+            if seen in wanted:
+                self._keep(seen, tensor)
+            if seen == last:
+                raise _Enough
+            seen += 1
             return tensor.detach()
 
+        def unpack(held: Tensor | Packed) -> Tensor:  # where a forward takes gradients itself
+            return held if isinstance(held, Tensor) else self._site.saved.unpack(held)
+
         args, kwargs = self._arguments.again()
-        with self._around.again(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with self._around.again(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             try:
-                self._enter(self._unit)
-                with self._measured():
+                with self._site.again(self._unit), self._measured():
                     self._unit.forward(*args, **kwargs)
             except _Enough:
                 self.results.clear()
@@ -246,8 +253,11 @@ class Rerun:
     def _measured(self) -> Iterator[None]:
         """Around the forward: timed where that is wanted, else without what was kept of it."""
         clock = self._seen.clock if self._seen.saved_bytes is None else None
-        mode: AbstractContextManager[Any] = Again(self.results) if self.results else nullcontext()
-        watch = Stopwatch() if clock is not None else None
+        mine = self._site.computing
+        mode: AbstractContextManager[Any] = (
+            Again(self.results, mine) if self.results else nullcontext()
+        )
+        watch = Stopwatch(clock, mine) if clock is not None else None
         began_s = clock() if clock is not None else 0.0
         try:
             with watch or mode:
@@ -267,7 +277,7 @@ class Rerun:
                 f"saved one of shape {list(dropped.shape)} and {dropped.dtype}"
             )
         own = tensor.clone() if self._around.lends(tensor) else tensor
-        self._made[index] = Saved(own, (), self._activations)
+        self._made[index] = Saved(own, (), self._site.activations)
 
     def _differs(self, how: str) -> OffloadError:
         return OffloadError(

@@ -7,7 +7,6 @@ ran before it. What each takes is measured while a unit is run again in a record
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,8 @@ from offload.internals import TorchDispatchMode, tree_leaves, tree_map_only
 from offload.prefetch.policy import Part
 
 if TYPE_CHECKING:
-    from offload.saved import Activations, SavedTensors
+    from offload.saved import Activations
+    from offload.site import Saving
 
 
 class Names:
@@ -149,7 +149,7 @@ def repeats(func: Any, args: tuple[Any, ...], result: Any) -> bool:
 class Keeping(TorchDispatchMode):
     """Shows the running unit's visit what operations give, during a forward pass."""
 
-    def __init__(self, saved: SavedTensors, running: Callable[[], bool]) -> None:
+    def __init__(self, saved: Saving, running: Callable[[], bool]) -> None:
         super().__init__()
         self._saved = saved
         self._running = running
@@ -168,16 +168,17 @@ class Keeping(TorchDispatchMode):
 class Again(TorchDispatchMode):
     """Leaves out, in a rerun, the operations whose results were kept."""
 
-    def __init__(self, results: Results) -> None:
+    def __init__(self, results: Results, computing: Callable[[], bool]) -> None:
         super().__init__()
         self._results = results
+        self._computing = computing
         self._names = Names()
         self._allocates = Allocating()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if self._results and self._allocates(func):
+        if self._results and self._allocates(func) and self._computing():
             result = self._results.take(self._names.of(func))
             if result is not None:
                 return result
@@ -185,23 +186,26 @@ class Again(TorchDispatchMode):
 
 
 class Stopwatch(TorchDispatchMode):
-    """Times the operations of a rerun that could be left out."""
+    """Times the operations of a rerun that could be left out, by a clock that waits for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float], computing: Callable[[], bool]) -> None:
         super().__init__()
         self.parts: list[Part] = []
+        self._clock = clock
+        self._computing = computing
         self._names = Names()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        began_s = time.perf_counter()
+        if not allocates(func) or not self._computing():
+            return func(*args, **(kwargs or {}))
+        began_s = self._clock()
         result = func(*args, **(kwargs or {}))
-        took_s = time.perf_counter() - began_s
-        if allocates(func):
-            name = self._names.of(func)
-            if repeats(func, args, result):
-                self.parts.append(Part(name, took_s, _bytes(tree_leaves(result))))
+        took_s = self._clock() - began_s
+        name = self._names.of(func)
+        if repeats(func, args, result):
+            self.parts.append(Part(name, took_s, _bytes(tree_leaves(result))))
         return result
 
 

@@ -19,7 +19,6 @@ from offload.blockcaches import KVAsked
 from offload.config import Given, Size
 from offload.errors import OffloadError
 from offload.homing import release_all
-from offload.hooks import Hooks
 from offload.ledger import Ledger
 from offload.limits import limit_of, limit_of_form
 from offload.parts import Parts
@@ -93,7 +92,7 @@ class Runtime:
                 for limit in (limit_of_form(self.parts, name),)
             },
             "activations": self.parts.hooks.activations.stats()
-            if isinstance(self.parts.hooks, Hooks)
+            if self.parts.hooks is not None
             else None,
             "kv": self.parts.kv.stats() if self.parts.kv is not None else None,
             "generate": self.rows.to_dict() if self.rows is not None else None,

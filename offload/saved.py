@@ -89,7 +89,6 @@ class Visitor(Protocol):
 class Packed(Protocol):
     """What autograd holds in place of a tensor."""
 
-    chunks: tuple[int, ...]
     visit: Visitor | None
 
     def check(self) -> Tensor:
@@ -112,7 +111,7 @@ class Geometry:
 
     def over(self, memory: Tensor) -> Tensor:
         """The same tensor over other memory."""
-        empty = torch.empty(0, dtype=self.dtype)
+        empty = torch.empty(0, dtype=self.dtype, device=memory.device)
         return empty.set_(memory.untyped_storage(), self.offset, self.shape, self.stride)
 
 
@@ -188,13 +187,18 @@ class SavedTensors:
             return ()
         return self._find(tensor.data_ptr(), span_bytes(tensor))
 
+    def weight(self, tensor: Tensor) -> Saved | None:
+        """What is held in place of a weight; None where it is none."""
+        chunks = self.chunks_of(tensor)
+        return Saved(tensor, chunks, None, self.visit) if chunks else None
+
     def pack(self, tensor: Tensor) -> Packed:
         """Autograd saves a tensor."""
         if not self._running():  # an interrupt left these hooks behind
             return Saved(tensor, (), None)
-        chunks = self.chunks_of(tensor)
-        if chunks:
-            return Saved(tensor, chunks, None, self.visit)
+        weight = self.weight(tensor)
+        if weight is not None:
+            return weight
         if self.visit is None:
             return Saved(tensor, (), self._activations)
         return self.visit.pack(tensor)
@@ -203,7 +207,7 @@ class SavedTensors:
         """Autograd is about to use it."""
         if packed.visit is not None:
             packed.visit.enter_backward()
-        if packed.chunks:
+        if isinstance(packed, Saved) and packed.chunks:
             self._need(packed.chunks)
         return packed.check()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from offload.activations import Means, Planned
+from offload.activations import Means, Planned, ways_at_home
 from offload.bind import Binding, Home
 from offload.engine import Engine
 from offload.gradients import GradientHomes
@@ -15,8 +17,11 @@ from offload.hook import Hook, has_user_hooks
 from offload.passes import Pass, undone_if_refused
 from offload.prefetch.trace import Access, Need, Phase
 from offload.saved import Activations, SavedTensors
+from offload.site import Site
 from offload.tape import Mark
 from offload.tiers.home import Backing
+
+HOST = torch.device("cpu")
 
 
 class Signals:
@@ -40,9 +45,8 @@ class Signals:
         self._handles: list[RemovableHandle] = []
         activations = Activations(self._take_activation, engine.ledger.give_other)
         self.saved = SavedTensors(engine.space.chunks_at, self._unpacked, activations, here.running)
-        self.activations = Planned(
-            engine, means, activations, self.saved, self._enter_again, has_user_hooks
-        )
+        site = Site(activations, self.saved, HOST, self._again, has_user_hooks)
+        self.activations = Planned(engine, ways_at_home(engine, means), site)
 
     def attach(self, model: nn.Module) -> None:
         """Put hooks on units and parameters."""
@@ -114,11 +118,13 @@ class Signals:
             unit.register_forward_hook(Hook(after), prepend=True, always_call=True),
         ]
 
-    def _enter_again(self, module: nn.Module) -> None:
+    @contextmanager
+    def _again(self, module: nn.Module) -> Iterator[None]:
         """A unit runs again within the backward pass."""
         self._pass.in_backward = True
         if module in self._own:
             self._own[module](module, ())
+        yield
 
     def _unit(self, name: str, needs: tuple[Need, ...], homes: list[Home]) -> Callable[..., None]:
         def enter(module: nn.Module, args: object) -> None:

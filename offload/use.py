@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from offload.device import DeviceSpace
-from offload.saved import STALE, Activations, Saved
+from offload.saved import STALE, Activations, Packed, Saved, Visitor
 
 GradientPath = Callable[[nn.Parameter, Tensor], Tensor]
 
@@ -87,9 +87,14 @@ def detach(model: nn.Module) -> None:
 class SavedWeight:
     """A saved tensor that lies in a frame, as a place that can be found again."""
 
-    __slots__ = ("chunk", "dtype", "offset", "param", "shape", "stride", "version")
+    __slots__ = (
+        "chunk", "dtype", "fetch", "offset", "param", "shape", "stride", "version", "visit",
+    )  # fmt: skip
 
-    def __init__(self, tensor: Tensor, chunk: int, offset: int, param: nn.Parameter) -> None:
+    def __init__(
+        self, tensor: Tensor, chunk: int, offset: int, param: nn.Parameter,
+        fetch: Callable[[SavedWeight], Tensor],
+    ) -> None:  # fmt: skip
         self.chunk = chunk
         self.offset = offset  # in elements of dtype
         self.shape = tensor.shape
@@ -97,13 +102,16 @@ class SavedWeight:
         self.dtype = tensor.dtype
         self.param = param
         self.version = param._version
+        self.fetch = fetch
+        self.visit: Visitor | None = None
 
-    def check(self) -> None:
-        """Raise as torch does when the weight was written to since."""
+    def check(self) -> Tensor:
+        """The tensor, in a frame. Raises as torch does when the weight was written to since."""
         if self.param._version != self.version:
             raise RuntimeError(
                 STALE.format(shape=list(self.shape), now=self.param._version, then=self.version)
             )
+        return self.fetch(self)
 
 
 class SavedInFrames:
@@ -117,37 +125,44 @@ class SavedInFrames:
         running: Callable[[], bool],
         lives_here: Callable[[Tensor], bool] = lambda _: False,
     ) -> None:
+        self.visit: Visitor | None = None  # of the unit whose forward runs
         self._running = running
         self._lives_here = lives_here
         self._space = space
         self._fetch = fetch
         self._activations = activations
 
-    def pack(self, tensor: Tensor) -> SavedWeight | Saved:
+    def pack(self, tensor: Tensor) -> Packed:
         """Autograd saves a tensor."""
         if not self._running():  # an interrupt left these hooks behind
             return Saved(tensor, (), None)
-        if self._lives_here(tensor):  # no activation
-            return Saved(tensor, (), None)
-        weight = self._find(tensor) if tensor.numel() else None
-        return weight or Saved(tensor, (), self._activations)
+        weight = self.weight(tensor)
+        if weight is not None:
+            weight.visit = self.visit
+            return weight
+        if self.visit is None:
+            return Saved(tensor, (), self._activations)
+        return self.visit.pack(tensor)
 
-    def unpack(self, saved: SavedWeight | Saved) -> Tensor:
+    def unpack(self, packed: Packed) -> Tensor:
         """Autograd is about to use it."""
-        if isinstance(saved, Saved):
-            return saved.check()
-        saved.check()
-        self._fetch(saved.param)
-        return self._space.rebuild(
-            saved.chunk, saved.dtype, saved.shape, saved.stride, saved.offset
-        )
+        return packed.check()
 
-    def _find(self, tensor: Tensor) -> SavedWeight | None:
-        chunk = self._space.pool.owner_of(tensor)
+    def weight(self, tensor: Tensor) -> SavedWeight | Saved | None:
+        """What is held in place of a weight, in a frame or living here; None where it is none."""
+        if self._lives_here(tensor):
+            return Saved(tensor, (), None)
+        chunk = self._space.pool.owner_of(tensor) if tensor.numel() else None
         if chunk is None or tensor.is_conj() or tensor.is_neg():
             return None  # a lazily conjugated view keeps its frame instead
         offset = tensor.data_ptr() - tensor.untyped_storage().data_ptr()
         if offset % tensor.element_size():
             return None
         param = self._space.param_at(chunk, offset)
-        return SavedWeight(tensor, chunk, offset // tensor.element_size(), param)
+        return SavedWeight(tensor, chunk, offset // tensor.element_size(), param, self._rebuild)
+
+    def _rebuild(self, saved: SavedWeight) -> Tensor:
+        self._fetch(saved.param)
+        return self._space.rebuild(
+            saved.chunk, saved.dtype, saved.shape, saved.stride, saved.offset
+        )

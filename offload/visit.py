@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from offload.errors import OffloadError
@@ -116,13 +115,17 @@ class Visit:
         assert self.seen.saved_bytes is not None
         left_bytes = self.choice.swapped * self.seen.saved_bytes
         for at, (size_bytes, group) in groups.items():
-            device = group[0].tensor.device if group[0].tensor is not None else None
-            if at in stay or size_bytes < LEAST_BYTES or device != torch.device("cpu"):
+            tensor = group[0].tensor
+            if at in stay or size_bytes < LEAST_BYTES or tensor is None or not area.takes(tensor):
                 continue
             if left_bytes <= 0:
                 return
             left_bytes -= size_bytes
-            self.parked.append(weakref.ref(area.park(group)))
+            del tensor  # nobody but the group holds it from here
+            parked = area.park(group)
+            if parked is None:
+                return  # there is no room for more: the rest stays
+            self.parked.append(weakref.ref(parked))
 
     def _changed_its_inputs(self) -> bool:
         """Whether the unit wrote to a tensor that it was given: then it cannot be run again."""

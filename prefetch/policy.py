@@ -2,7 +2,7 @@
 
 A *unit* is one run of a repeated block. In its backward pass the unit needs the tensors that its
 forward pass saved; until then they may be kept, dropped (the unit's forward runs again) or written
-to the tier below and read back ahead. The choice is a small knapsack: least added seconds such
+to the tiers below and read back ahead. The choice is a small knapsack: least added seconds such
 that the bytes kept fit at every moment. Its terms follow LoHan (swap what the forward pass hides,
 admit in the order of recompute benefit), MEMO (part of one unit may be swapped) and SSDTrain
 (dropping the last units, whose backward comes first, saves little: the limits say how little).
@@ -109,7 +109,9 @@ class Room:
 class Link:
     """The tier below: rates, the share of its time that is free, and what a moved byte costs.
 
-    ``copy_bytes_per_s``: the processor's part of a transfer, which nothing hides.
+    ``copy_bytes_per_s``: the processor's part of a transfer, which nothing hides. ``room_bytes``
+    of it may be taken; what is more goes on to the tier ``beyond``, by the same lanes one after the
+    other, so that seconds add (None: there is no more room).
     """
 
     write_bytes_per_s: float
@@ -117,6 +119,22 @@ class Link:
     free_share: float = 1.0
     copy_bytes_per_s: float = float("inf")
     backward_share: float = 2.0  # seconds of backward for each of forward
+    room_bytes: int = 1 << 62
+    beyond: Link | None = None
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Most that can be swapped by it."""
+        return self.room_bytes if self.beyond is None else self.beyond.capacity_bytes
+
+    def seconds(self, moved_bytes: int) -> tuple[float, float]:
+        """Of its lanes, for so many bytes out, and for the same bytes in."""
+        out_s, in_s = moved_bytes / self.write_bytes_per_s, moved_bytes / self.read_bytes_per_s
+        more_bytes = moved_bytes - self.room_bytes
+        if self.beyond is None or more_bytes <= 0:
+            return out_s, in_s
+        more_out_s, more_in_s = self.beyond.seconds(more_bytes)
+        return out_s + more_out_s, in_s + more_in_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +183,15 @@ def decide(units: Sequence[Unit], room: Room, link: Link | None = None) -> Decis
         in_flight = _in_flight_bytes(units)
         within = _table(units, [limit - in_flight for limit in limits], link)
         candidates += [_fixed(units, s.choices(), limits) for s in within]
-    finals = [s for s in candidates if _fits(s, units)]
+    finals = [s for s in candidates if _fits(s, units) and _goes_down(s, link)]
     if finals:
         best = min(
             finals, key=lambda s: (_added_s(s, units, room, link), s.swapped_bytes, s.kept_bytes)
         )
         fits = True
     else:
-        best = max(_uniform(units, limits, link), key=lambda s: s.slack_bytes)
+        least = [s for s in _uniform(units, limits, link) if _goes_down(s, link)]
+        best = max(least, key=lambda s: s.slack_bytes)
         fits = False
     return Decision(
         best.choices(), room.available_bytes - best.slack_bytes,
@@ -187,7 +206,7 @@ def predict(
     state = _fixed(units, choices, _limits(units, room))
     return Decision(
         tuple(choices), room.available_bytes - state.slack_bytes,
-        _added_s(state, units, room, link), _fits(state, units),
+        _added_s(state, units, room, link), _fits(state, units) and _goes_down(state, link),
     )  # fmt: skip
 
 
@@ -258,7 +277,7 @@ def _table(units: Sequence[Unit], limits: Sequence[int], link: Link | None) -> l
                 continue
             for option in options:
                 new = _after(state, option, limit)
-                if new.kept_bytes > limits[-1]:
+                if new.kept_bytes > limits[-1] or not _goes_down(new, link):
                     continue
                 key = (fine * new.kept_bytes // total, _CELLS * new.swapped_bytes // total)
                 old = cells.get(key)
@@ -301,6 +320,11 @@ def _fits(state: _State, units: Sequence[Unit]) -> bool:
     return state.slack_bytes >= (_in_flight_bytes(units) if state.swapped_bytes else 0)
 
 
+def _goes_down(state: _State, link: Link | None) -> bool:
+    """Whether the tiers below have room for what is swapped."""
+    return link is None or state.swapped_bytes <= link.capacity_bytes
+
+
 def _in_flight_bytes(units: Sequence[Unit]) -> int:
     """What swapping holds beside what is kept: one unit being written, or read ahead."""
     return max((u.saved_bytes for u in units), default=0)
@@ -316,7 +340,8 @@ def _added_s(state: _State, units: Sequence[Unit], room: Room, link: Link | None
         return added_s
     forward_s = sum(u.forward_s for u in units)
     # Recomputing lengthens the backward pass, which then hides more reading; not counted.
-    out_s = moved / link.write_bytes_per_s - link.free_share * forward_s
-    in_s = moved / link.read_bytes_per_s - link.free_share * link.backward_share * forward_s
+    out_s, in_s = link.seconds(moved)
+    out_s -= link.free_share * forward_s
+    in_s -= link.free_share * link.backward_share * forward_s
     processor_s = 2 * _PASSES * moved / link.copy_bytes_per_s
     return added_s + processor_s + max(out_s, 0.0) + max(in_s, 0.0)

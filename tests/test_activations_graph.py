@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from offload.errors import OffloadError, SpillError
 from offload.hooks import Hooks
 from offload.run import Runtime
+from offload.swap_disk import DiskRoute
 from tests.blocks import Block, Stack, area, batch, start, train
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def held(run: Runtime) -> tuple[int, int]:
     found = activations.activations._area
     while found is not None and found.relieve():
         pass
-    return run.parts.engine.ledger.other_bytes, found.used_bytes if found is not None else 0
+    return run.parts.engine.ledger.other_bytes, found.route.disk_bytes if found is not None else 0
 
 
 def test_bytes_that_come_back_wrong_are_an_error(
@@ -197,7 +198,9 @@ def test_bytes_that_come_back_wrong_are_an_error(
     loss = model(batch(0))
     while area(run).relieve():
         pass
-    disk = area(run).disk
+    route = area(run).route
+    assert isinstance(route, DiskRoute)
+    disk = route.store.disk
     true_read = disk.read
     monkeypatch.setattr(disk, "read", lambda *where: true_read(*where) ^ 1)
     with pytest.raises(SpillError, match="not what was written"):

@@ -12,12 +12,21 @@ import pytest
 import torch
 
 import offload
+from offload.swap_bus import Returned
 from offload.tiers.copy import STAGING_BUFFERS, STAGING_BYTES, CudaCopier, Mark
 from offload.tiers.spec import KIB, MIB
 from tests import fakecuda
+from tests.blocks import Stack, start, stats
+from tests.blocks import train as train_blocks
 from tests.framed import Keeper, Watched, adamw, tuning
 
 HOST = "49MiB"  # the staging of both directions is 48
+
+
+@pytest.fixture
+def small_swaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models: swap tiny tensors too."""
+    monkeypatch.setattr("offload.visit.LEAST_BYTES", 256)
 
 
 @pytest.fixture
@@ -117,6 +126,52 @@ def test_narrower_frames_are_filled_through_staging(fake: fakecuda.Device) -> No
     model(torch.ones(4, 64)).sum().backward()
     assert not fake.straight["up"] + fake.straight["down"]
     watched.close()
+
+
+def swap(model: Stack, optimizer: Any, folder: Path, host: str) -> Any:
+    """Training with swapped activations."""
+    watched = Watched(
+        model, folder, optimizer, memory="640KiB", host=host, how=tuning(None), activations="swap"
+    )
+    found = train_blocks(model, optimizer, steps=3, rows=64)
+    assert stats(watched.runtime)["swapped_bytes"] > MIB
+    watched.close()
+    return found
+
+
+@pytest.mark.parametrize("host", ["52MiB", "50MiB"], ids=["host", "disk"])
+def test_no_swapped_activation_is_left_to_chance(
+    host: str, fake: fakecuda.Device, zoo: Any, tmp_path: Path, small_swaps: None
+) -> None:
+    reference = train_blocks(*start(), steps=3, rows=64)
+    assert zoo.same(swap(*start(), tmp_path, host), reference)
+    assert fake.races == []
+    assert fake.runtime.pinned == {}
+
+
+def _used_at_once(self: Returned) -> Any:
+    """Compute does not wait for what came back."""
+    self._leases.bus.copier.arrive = lambda mark: None  # type: ignore[method-assign]
+    return _memory(self)
+
+
+_memory = Returned.memory
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "race"),
+    [
+        ("Returned.memory", _used_at_once, "read too early"),
+        ("Mark", lambda _: Mark(), "overwritten too early"),
+    ],
+)
+def test_a_missing_wait_of_what_comes_back_is_found(
+    name: str, broken: Any, race: str, fake: fakecuda.Device, tmp_path: Path, small_swaps: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(f"offload.swap_bus.{name}", broken)
+    swap(*start(), tmp_path, "52MiB")
+    assert set(fake.races) == {race}
 
 
 def _read_at_once(self: CudaCopier, mark: Mark) -> None:

@@ -14,6 +14,12 @@ MIB = 1 << 20
 LINK = Link(2e9, 2e9, 1.0, 1e10)
 KEEP, DROP, SWAP = Choice(Way.KEEP), Choice(Way.RECOMPUTE), Choice(Way.SWAP, 1.0)
 
+links_of_two_st = st.builds(
+    Link, st.floats(1e8, 1e10), st.floats(1e8, 1e10), st.floats(0, 1),
+    room_bytes=st.integers(0, 200 * MIB),
+    beyond=st.none() | st.builds(Link, st.floats(1e8, 1e10), st.floats(1e8, 1e10)),
+)  # fmt: skip
+
 units_st = st.lists(
     st.builds(
         Unit,
@@ -168,3 +174,36 @@ def test_predicts_the_peak() -> None:
     for choices in ([KEEP] * 4, [DROP] * 4, [KEEP, DROP, KEEP, DROP]):
         expected = peak(units, tuple(choices), room)
         assert predict(units, choices, room).peak_bytes == expected
+
+
+# -- two tiers below ---------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(units_st, rooms_st, links_of_two_st)
+def test_the_room_below_is_kept_to(units: list[Unit], room: Room, link: Link) -> None:
+    decision = decide(units, room, link)
+    swapped = sum(
+        int(c.swapped * u.saved_bytes) for u, c in zip(units, decision.choices, strict=True)
+        if c.way is Way.SWAP
+    )  # fmt: skip
+    assert swapped <= link.room_bytes or link.beyond is not None
+    again = predict(units, decision.choices, room, link)
+    assert again.fits == decision.fits
+    assert again.added_s == pytest.approx(decision.added_s)
+
+
+@settings(max_examples=200, deadline=None)
+@given(units_st, rooms_st, links_of_two_st, st.integers(0, 700 * MIB))
+def test_a_tier_beyond_only_adds_seconds(
+    units: list[Unit], room: Room, link: Link, moved: int
+) -> None:
+    near = Link(link.write_bytes_per_s, link.read_bytes_per_s, link.free_share)
+    for two, one in zip(link.seconds(moved), near.seconds(moved), strict=True):
+        assert two >= one
+        assert (two == one) == (moved <= link.room_bytes or link.beyond is None)
+    choices = decide(units, room, link).choices
+    assert (
+        predict(units, choices, room, near).added_s
+        <= predict(units, choices, room, link).added_s + 1e-12
+    )

@@ -1,5 +1,5 @@
 """Long sequences: where activations outweigh weights. Checkpointing and ``save_on_cpu`` unwrapped,
-checkpointing wrapped, and our own tiering, in which the framed path offers only "keep" so far."""
+checkpointing wrapped, and our own tiering: all run again, all swapped to the host, or as chosen."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from gpu.runner import line
 
 import offload
 
+TIERED = {"ours-recompute": "recompute", "ours-swap": "swap", "ours-auto": "auto"}
+
 
 def checkpointed(model: Any) -> None:
     """Under either name that transformers has for it."""
@@ -30,7 +32,7 @@ def checkpointed(model: Any) -> None:
 
 
 def main() -> None:
-    args = arguments("checkpointing", "save_on_cpu", "ours-checkpointing", "ours-auto")
+    args = arguments("checkpointing", "save_on_cpu", "ours-checkpointing", *TIERED)
     cap, shape = cap_bytes(args), shape_of(args)
     place = "cpu" if args.emulated else "cuda"
     model, ids = llama(shape), tokens_of(args, shape.vocabulary)
@@ -39,12 +41,11 @@ def main() -> None:
     if args.way.endswith("checkpointing"):
         checkpointed(model)
     if args.way.startswith("ours"):
-        activations = "auto" if args.way == "ours-auto" else "keep"
         offload.wrap(
             model,
             optimizer,
             compute_dtype=torch.bfloat16,
-            activations=activations,
+            activations=TIERED.get(args.way, "keep"),
             **placed(args, cap),
         )
     else:
@@ -63,7 +64,11 @@ def main() -> None:
         optimizer.zero_grad()
         return loss.detach()
 
-    line(measured(args, shape, *timed(step, 4, 2)) | {"way": args.way})
+    row = measured(args, shape, *timed(step, 4, 2)) | {"way": args.way}
+    if args.way.startswith("ours"):
+        found = offload.runtime(model).stats()["activations"]
+        row |= {name: found[name] for name in ("ways", "swapped_bytes", "disk_bytes")}
+    line(row)
 
 
 if __name__ == "__main__":

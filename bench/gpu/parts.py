@@ -86,7 +86,8 @@ class Catalogue:
                 self.task(f"{tokens} {way}", "activations.py", way, "--tokens", tokens,
                           "--cap", "24", limit_s=100)
                 for tokens in ("16384", "65536")
-                for way in ("checkpointing", "save_on_cpu", "ours-checkpointing", "ours-auto")
+                for way in ("checkpointing", "save_on_cpu", "ours-checkpointing",
+                            "ours-recompute", "ours-swap", "ours-auto")
             ]),
             ("lora", "LoRA on three times the device memory", [
                 self.task("lora ours", "lora.py", "ours", limit_s=200),
