@@ -163,8 +163,6 @@ class DeviceTable:
 
     def fetch(self, block: Block) -> Tensor:
         if block.copy is None:
-            if block in self._wanted:
-                self._wanted.remove(block)  # it crosses now, and must not once more
             self._store.fetch(block)
             self._start(block, self.room.take(block.size_bytes))
         self._pump()
