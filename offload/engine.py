@@ -284,6 +284,7 @@ class Engine:
 
     def _start_load(self, chunk: Chunk) -> None:
         self._prepare(chunk)
+        self.trust.ordered(chunk.id)
         self.space.start_load(chunk)
         self.ledger.see()
 
@@ -292,7 +293,7 @@ class Engine:
         self.ledger.prepare_frame(chunk.size_bytes, idle=pool.has_idle(chunk.size_bytes))
 
     def _install(self, chunk: Chunk) -> None:
-        user_code = not self.phase.updates
+        user_code = not self.trust.unseen(chunk.id, self.phase)
         self._moving(chunk, "read from", lambda: self.space.install(chunk, user_code=user_code))
         self._resident[chunk.id] = None
         self.trust.came(chunk.id)
