@@ -31,9 +31,9 @@ STRAY_SHARE = 0.1  # beyond this share of unforeseen moments the step is planned
 FORMS = 8  # of inference, that plans are kept for
 RETIMED_AFTER = (3, 7)  # replayed steps: first times soon, then sure ones
 GROWTH = 1.25  # of an inference's extent, for which a watched step leaves room
-# The same where only the cache grows, and all that a step takes is at most proportional to it:
-CACHE_GROWTH = 4.0  # at most, as far as a small part of memory allows
-CACHE_SHARE = 1 / 64
+# The same of a cache, to whose length what a step takes is at most proportional: as far as a small
+# part of memory allows, since watching and planning anew take twice a step.
+CACHE_GROWTH, CACHE_SHARE = 4.0, 1 / 64
 
 
 class Kind(StrEnum):
@@ -212,7 +212,9 @@ class Steps:
             self._time(track, step, time.perf_counter() - recorder.began_s, meters)
         elif step.kind is Kind.INFER:
             capacity_bytes = engine.ledger.capacity_bytes
-            growth = _growth(trace, capacity_bytes, self.constant_bytes) if step.call.goes_on else GROWTH
+            growth = GROWTH
+            if step.call.goes_on:
+                growth = _cache_growth(trace, capacity_bytes, self.constant_bytes)
             track.extent = max(track.extent, int(step.call.extent * growth))
             trace = _roomier(trace, capacity_bytes, self.constant_bytes, growth)
         if step.mode is not Mode.FITS and step.ahead:  # without hooks it shows the update alone
@@ -335,7 +337,7 @@ class Steps:
         return all_bytes + other_bytes <= self._engine.ledger.capacity_bytes
 
 
-def _growth(trace: Trace, capacity_bytes: int, constant_bytes: int) -> float:
+def _cache_growth(trace: Trace, capacity_bytes: int, constant_bytes: int) -> float:
     """How far a cache may grow before a step with it is watched again."""
     most_bytes = max((m.other_bytes for m in trace.moments), default=0) - constant_bytes
     room_bytes = CACHE_SHARE * capacity_bytes

@@ -1,8 +1,9 @@
 """From one recorded step to a plan: what leaves and what is read ahead, moment by moment.
 
 Three decisions, in this order. *Residency*: which chunks stay between uses, in the room that is
-left after each moment's own needs and a reserve. *Dwell*: a chunk used in a pass stays one more
-moment where there is room, since the operations that follow may still touch it. *Reading ahead*:
+left after each moment's own needs and a reserve. *Dwell*: a chunk used in a backward pass stays one
+more moment where there is room, since an operation may ask for its weights one by one. (In a forward
+pass a module asks once, for all that it has, and room is better used to read ahead.) *Reading ahead*:
 every other read is queued in the order of need, as early as the remaining room allows. The
 reserve trades bytes moved against time to hide them in; several are tried in simulation. Bytes are
 exact and times are not (one moment that was held up when it was recorded looks like time to hide
@@ -137,9 +138,8 @@ def _stays(trace: Trace, gaps: Gaps, free_bytes: Ints, reserve_bytes: int) -> _S
     first = (gaps.after + 1) % count
     load = taken(first, held, gaps.size_bytes, count).astype(np.int64)
     free: list[int] = (free_bytes - load).tolist()
-    # The engine itself runs an update's arithmetic: there, nothing reads on.
-    update = np.array([m.phase.updates for m in trace.moments])
-    short = np.flatnonzero((held == 0) & (gaps.reach > 1) & ~update[gaps.after])
+    backward = np.array([m.phase is Phase.BACKWARD for m in trace.moments])
+    short = np.flatnonzero((held == 0) & (gaps.reach > 1) & backward[gaps.after])
     stay = []
     for g, t, size in zip(*(c.tolist() for c in (short, first[short], gaps.size_bytes[short])),
                           strict=True):  # fmt: skip
