@@ -6,10 +6,10 @@ needed wherever code of the user's may have run while the chunk was in memory. I
 chunk that came and goes within one forward pass, where all modules are torch's, transformers' and
 ours, not patched, without hooks or modes of the user's: none of those write to their weights but an
 Embedding with ``max_norm``. Nor need a chunk that is ordered and put in place within such a pass be
-compared with what its home showed meanwhile. What was in memory when the pass began or ends is checked as ever, and
-so is all that is dropped outside of it. Not seen, and taken for harmless: a function that the user
-registered with transformers as an attention and that writes to weights; another thread that does
-so while the pass runs, which no check could order.
+compared with what its home showed meanwhile. What was in memory when the pass began or ends is
+checked as ever, and so is all that is dropped outside of it. Not seen, and taken for harmless: a
+function that the user registered with transformers as an attention and that writes to weights;
+another thread that does so while the pass runs, which no check could order.
 """
 
 from __future__ import annotations

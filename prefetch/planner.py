@@ -2,12 +2,12 @@
 
 Three decisions, in this order. *Residency*: which chunks stay between uses, in the room that is
 left after each moment's own needs and a reserve. *Dwell*: a chunk used in a backward pass stays one
-more moment where there is room, since an operation may ask for its weights one by one. (In a forward
-pass a module asks once, for all that it has, and room is better used to read ahead.) *Reading ahead*:
-every other read is queued in the order of need, as early as the remaining room allows. The
-reserve trades bytes moved against time to hide them in; several are tried in simulation. Bytes are
-exact and times are not (one moment that was held up when it was recorded looks like time to hide
-reads in), so a reserve may cost few bytes, whatever time it promises.
+more moment where there is room, since an operation may ask for its weights one by one. (In a
+forward pass a module asks once, for all that it has, and room is better used to read ahead.)
+*Reading ahead*: every other read is queued in the order of need, as early as the remaining room
+allows. The reserve trades bytes moved against time to hide them in; several are tried in
+simulation. Bytes are exact and times are not (one moment that was held up when it was recorded
+looks like time to hide reads in), so a reserve may cost few bytes, whatever time it promises.
 """
 
 from __future__ import annotations

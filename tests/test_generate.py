@@ -265,8 +265,9 @@ def test_what_known_code_leaves_alone_is_not_checked(
     """Neither when it leaves, nor what its home showed while it was read."""
     seen = {"unchanged": 0, "_heed_mapping": 0}
     for name in seen:
+        work = getattr(HomeSpace, name)
 
-        def count(*args: Any, name: str = name, work: Any = getattr(HomeSpace, name)) -> Any:
+        def count(*args: Any, name: str = name, work: Callable[..., Any] = work) -> Any:
             seen[name] += 1
             return work(*args)
 
