@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from offload.prefetch.plan import Forecast, Ops, Plan
-from offload.prefetch.residency import Gaps, choose, find_gaps, taken
+from offload.prefetch.residency import Gaps, choose, find_gaps, spread, taken
 from offload.prefetch.simulate import Replay, Timeline, bound
 from offload.prefetch.trace import Phase, Trace
 from offload.prefetch.uses import Bools, Ints, Uses, find_uses
@@ -72,17 +72,42 @@ def plan(trace: Trace, machine: Machine, capacity_bytes: int) -> Plan:
         raise DoesNotFit(index, int(held[index]), capacity_bytes, least)
     gaps = find_gaps(trace, machine, uses)
     replay = Replay(trace, machine, capacity_bytes, uses)
+    draft = _Draft(trace, machine, gaps, capacity_bytes - held, replay)
     unit, plans = int(uses.needed_bytes.max()), []
     chunk = int(np.median(trace.chunk_bytes)) if trace.chunk_bytes else 0
     for reserve in _reserves(unit, chunk, len(gaps.chunk), capacity_bytes - least):
-        stays = _stays(trace, gaps, capacity_bytes - held, reserve)
-        ops, start = _operations(trace, gaps, stays)
-        timeline = replay.run(ops, start)
-        forecast = _forecast(trace, machine, reserve, gaps, stays, timeline)
-        plans.append(Plan(ops, start, reserve, forecast))
-        if timeline.read_bytes + timeline.write_bytes == 0:
-            break  # all of it stays: no reserve can help
-    return _best(plans)
+        plans.append(draft.plan(reserve))
+        if _moved_bytes(plans[-1]) == 0:
+            return plans[-1]  # all of it stays: no reserve can help
+    best = _best(plans)
+    if len(gaps.chunk) > _LARGE_TRACE:
+        return best
+    even = draft.plan(best.reserve_bytes, evenly=True)
+    return _best([even, best]) if _moved_bytes(even) <= _moved_bytes(best) else best
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """What all plans of one trace are made from. ``free_bytes``: beside each moment's own needs."""
+
+    trace: Trace
+    machine: Machine
+    gaps: Gaps
+    free_bytes: Ints
+    replay: Replay
+
+    def plan(self, reserve_bytes: int, *, evenly: bool = False) -> Plan:
+        """The plan with this reserve; ``evenly``: with reads apart from each other."""
+        room_bytes = self.free_bytes - reserve_bytes
+        kept = choose(self.gaps, room_bytes)
+        if evenly:
+            kept = spread(self.gaps, room_bytes, kept)
+        stays = _stays(self.trace, self.gaps, self.free_bytes, kept)
+        ops, start = _operations(self.trace, self.gaps, stays)
+        timeline = self.replay.run(ops, start)
+        return Plan(ops, start, reserve_bytes, _forecast(
+            self.trace, self.machine, reserve_bytes, self.gaps, stays, timeline
+        ))  # fmt: skip
 
 
 def _best(plans: list[Plan]) -> Plan:
@@ -130,10 +155,9 @@ class _Stays:
     free: Ints
 
 
-def _stays(trace: Trace, gaps: Gaps, free_bytes: Ints, reserve_bytes: int) -> _Stays:
-    """Residency and dwell."""
+def _stays(trace: Trace, gaps: Gaps, free_bytes: Ints, kept: Bools) -> _Stays:
+    """Of chosen gaps, with dwell."""
     count = len(trace.moments)
-    kept = choose(gaps, free_bytes - reserve_bytes)
     held = np.where(kept, gaps.span, 0)
     first = (gaps.after + 1) % count
     load = taken(first, held, gaps.size_bytes, count).astype(np.int64)

@@ -342,3 +342,15 @@ def test_a_forward_pass_reads_ahead_into_what_it_has_left(phase: Phase, waits: b
     trace = Trace(tuple(Moment(phase, n, 1.01 * read_s, 0) for n in needs), (size,) * count, {})
     made = plan(trace, ONE_DRIVE, 2 * size)
     assert (made.forecast.stall_s > 0.1 * made.forecast.step_s) is waits
+
+
+def test_what_is_read_lies_apart() -> None:
+    """Half of the chunks stay. If those were the first the drive would idle, then be too slow."""
+    count = 40
+    needs = [(Need(c, Access.READ),) for c in range(count)]
+    moments = tuple(Moment(Phase.FORWARD, n, 0.7 * UNIT / 10.0, 0) for n in needs)
+    trace = Trace(moments, (UNIT,) * count, {})
+    made = plan(trace, SLOW, count // 2 * UNIT)
+    check(trace, made, count // 2 * UNIT)
+    assert made.forecast.read_bytes <= (count // 2 + 2) * UNIT
+    assert made.forecast.stall_s < 0.01 * made.forecast.step_s
