@@ -271,11 +271,8 @@ class Engine:
     def _stay(self, chunk: Chunk) -> None:
         """A chunk that was to leave is wanted again: let its write end, keep its pages."""
         del self._leaving[chunk.id]
-        self._waiting(
-            "write",
-            chunk,
-            lambda: self._moving(chunk, "written to", lambda: self.space.finish_save(chunk)),
-        )
+        written = partial(self.space.finish_save, chunk)
+        self._waiting("write", chunk, partial(self._moving, chunk, "written to", written))
 
     def _forget(self, chunk: Chunk, *, dead: bool) -> None:
         self.space.drop(chunk, dead=dead)
