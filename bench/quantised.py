@@ -7,6 +7,9 @@ perplexity  a small Llama learns the source text of Python's standard library; t
 decode      a Llama of 364 M parameters (bfloat16, random weights) that does not fit the budget
             decodes token by token: bytes read per token, seconds per token over the bound, with
             weights as they are and quantised. Bars: int4 reads <= 0.30 x bfloat16; <= 1.15 x bound.
+            ``bound_s`` has the computing of the steps that the plan was made from, tokens ago;
+            ``over_own_bound`` is the median over replayed tokens of each one's time over the bound
+            with its own computing, which a machine whose pace changes in between leaves alone.
 widen       billions of weights a second that a layer widens and multiplies with, one token, nothing
             to be read, beside plain layers; and widening alone.
 
@@ -34,6 +37,8 @@ import offload
 from offload.config import Tuning
 from offload.groupwise import FORMATS, Scratch, pack
 from offload.quantised import BLOCK_ELEMENTS, quantise
+from offload.steps import Kind
+from offload.tape import Tape
 from offload.tiers.spec import MIB, parse_size
 
 WAYS = ("bf16", "int8", "int4")
@@ -100,7 +105,7 @@ def decode(way: str, budget_bytes: int, disk: Path, tokens: int) -> None:
         model, None, host_memory=budget_bytes, disk=disk,
         weight_dtype=None if way == "bf16" else way,
     )  # fmt: skip
-    ids, cache, taken_s, read = torch.tensor([[1]]), None, [], []
+    ids, cache, taken_s, read, own = torch.tensor([[1]]), None, [], [], []
     with offload.runtime(model) as run:
         meter = run.parts.engine.space.lanes["read"].meter
         for _ in range(tokens):
@@ -109,15 +114,28 @@ def decode(way: str, budget_bytes: int, disk: Path, tokens: int) -> None:
             ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
             taken_s.append(time.perf_counter() - began_s)
             read.append(meter.moved_bytes - before)
+            tape = run.parts.steps.tracks[Kind.INFER].tape
+            if tape is not None and tape.began_s > began_s:
+                disk_s = run.parts.machine.disk_s(read[-1], 0)
+                own.append(taken_s[-1] / max(computed_s(tape), disk_s))
         stats = run.stats()
     token_s = statistics.median(taken_s[SKIPPED:])
     note(
         disk, question="decode", way=way, params=count, budget_bytes=budget_bytes, tokens=tokens,
         token_s=token_s, bound_s=stats["bound_s"], over_bound=token_s / stats["bound_s"],
-        binding=stats["binding"], read_bytes_per_token=statistics.median(read[SKIPPED:]),
+        over_own_bound=statistics.median(own[-(tokens - SKIPPED) :]), binding=stats["binding"],
+        read_bytes_per_token=statistics.median(read[SKIPPED:]),
         peak_bytes=stats["tiers"]["host"]["peak_bytes"],
         temporaries_bytes=stats["temporaries_bytes"], stall_s=stats["stall_s"],
     )  # fmt: skip
+
+
+def computed_s(tape: Tape) -> float:
+    """Seconds of a step in which the engine was neither at work nor waiting."""
+    entered = [moment[0] for moment in tape.moments[1:]] + [tape.ended_s]
+    between = zip(tape.moments, entered, strict=True)
+    waited_s = sum(b - a for a, b, _, _ in tape.stalls if a > tape.moments[-1][1])
+    return sum(then - left for (_, left, _, _), then in between) - waited_s
 
 
 @torch.no_grad()

@@ -3,12 +3,13 @@
 [Note: known code]
 Checking that nobody wrote to a chunk before it is dropped costs a pass over its bytes. That is
 needed wherever code of the user's may have run while the chunk was in memory. It has not, for a
-chunk that came and goes within one forward pass, where all modules are torch's and transformers'
-own, not patched, without hooks or modes of the user's: none of those write to their weights but an
-Embedding with ``max_norm``. What was in memory when the pass began or ends is checked as ever, and
-so is all that is dropped outside of it. Not seen, and taken for harmless: a function that the user
-registered with transformers as an attention and that writes to weights; another thread that does
-so while the pass runs, which no check could order.
+chunk that came and goes within one forward pass, where all modules are torch's, transformers' and
+ours, not patched, without hooks or modes of the user's: none of those write to their weights but an
+Embedding with ``max_norm``. Nor need a chunk that is ordered and put in place within such a pass be
+compared with what its home showed meanwhile. What was in memory when the pass began or ends is
+checked as ever, and so is all that is dropped outside of it. Not seen, and taken for harmless: a
+function that the user registered with transformers as an attention and that writes to weights;
+another thread that does so while the pass runs, which no check could order.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from offload.hook import has_user_hooks
 from offload.internals import calls_are_watched, tree_leaves
 
-_KNOWN = ("torch.", "transformers.")
+_KNOWN = ("torch.", "transformers.", "offload.")
 _INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 
 
@@ -85,14 +86,23 @@ def entries(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_known(model: nn.Module) -> bool:
     """Whether a forward pass of this model runs no code of the user's: see the note above."""
-    if calls_are_watched() or has_user_hooks(model):
-        return False
-    return all(map(_is_known_module, model.modules()))
+    return not has_user_hooks(model) and is_known_but_for_hooks(model)
 
 
-def _is_known_module(module: nn.Module) -> bool:
-    kind = type(module)
-    if "forward" in module.__dict__ or getattr(module, "max_norm", None) is not None:
+def is_known_but_for_hooks(model: nn.Module) -> bool:
+    """The same of a model that is known to have no hooks of the user's: asked in every pass."""
+    if calls_are_watched():
         return False
+    kinds = set()
+    for module in model.modules():
+        own = module.__dict__
+        if "forward" in own or own.get("max_norm") is not None:
+            return False
+        kinds.add(type(module))
+    return all(map(_is_known_class, kinds))
+
+
+def _is_known_class(kind: type[nn.Module]) -> bool:
     sources = kind.__module__, kind.forward.__module__, kind.__call__.__module__
-    return all(f"{source}.".startswith(_KNOWN) for source in sources)
+    quiet = getattr(kind, "max_norm", None) is None
+    return quiet and all(f"{source}.".startswith(_KNOWN) for source in sources)

@@ -258,11 +258,8 @@ class Engine:
     def _stay(self, chunk: Chunk) -> None:
         """A chunk that was to leave is wanted again: let its write end, keep its pages."""
         del self._leaving[chunk.id]
-        self._waiting(
-            "write",
-            chunk,
-            lambda: self._moving(chunk, "written to", lambda: self.space.finish_save(chunk)),
-        )
+        written = partial(self.space.finish_save, chunk)
+        self._waiting("write", chunk, partial(self._moving, chunk, "written to", written))
 
     def _forget(self, chunk: Chunk, *, dead: bool) -> None:
         self.space.drop(chunk, dead=dead)
@@ -271,6 +268,7 @@ class Engine:
 
     def _start_load(self, chunk: Chunk) -> None:
         self._prepare(chunk)
+        self.trust.ordered(chunk.id)
         self.space.start_load(chunk)
         self.ledger.see()
 
@@ -279,7 +277,7 @@ class Engine:
         self.ledger.prepare_frame(chunk.size_bytes, idle=pool.has_idle(chunk.size_bytes))
 
     def _install(self, chunk: Chunk) -> None:
-        user_code = not self.phase.updates
+        user_code = not self.trust.unseen(chunk.id, self.phase)
         self._moving(chunk, "read from", lambda: self.space.install(chunk, user_code=user_code))
         self._resident[chunk.id] = None
         self.trust.came(chunk.id)

@@ -45,12 +45,14 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 def has_user_hooks(model: nn.Module) -> bool:
     """Whether code of the user's runs within passes: hooks on modules or parameters."""
-    of_modules = (hooks for m in model.modules() for hooks in hooks_of(m))
-    of_params = (
-        hooks or {}
+    # Asked in every pass, and most of them are empty.
+    of_modules = [hooks for m in model.modules() for hooks in hooks_of(m) if hooks]
+    of_params = [
+        hooks
         for p in model.parameters()
         for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)
-    )
+        if hooks
+    ]
     return any(
         not isinstance(hook, Hook)
         for hooks in chain(of_modules, of_params)

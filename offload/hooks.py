@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from offload.activations import KEEP_ALL, Means, Planned, find_units
 from offload.bind import Binding, Home
 from offload.callers import caller_of_hooks, refuse_transforms
-from offload.calls import Call, call_of, entries, is_known
+from offload.calls import Call, call_of, entries, is_known_but_for_hooks
 from offload.engine import Engine
 from offload.foresight import Foresight
 from offload.gradients import GradientHomes
@@ -151,8 +151,9 @@ class Hooks:
             return
         if kind is Kind.TRAIN:
             self._signals.begin_pass(call.extent)
-        self._engine.trust.hooks = has_user_hooks(self._model)
-        self._pass.known = kind is Kind.INFER and is_known(self._model)
+        hooked = self._engine.trust.hooks = has_user_hooks(self._model)
+        infers = kind is Kind.INFER and not hooked
+        self._pass.known = infers and is_known_but_for_hooks(self._model)
         if part:
             self._foresight.see_nothing()
         else:

@@ -32,6 +32,9 @@ STRAY_SHARE = 0.1  # beyond this share of unforeseen moments the step is planned
 FORMS = 8  # of inference, that plans are kept for
 RETIMED_AFTER = (3, 7)  # replayed steps: first times soon, then sure ones
 GROWTH = 1.25  # of an inference's extent, for which a watched step leaves room
+# The same of a cache, to whose length what a step takes is at most proportional: as far as a small
+# part of memory allows, since watching and planning anew take twice a step.
+CACHE_GROWTH, CACHE_SHARE = 4.0, 1 / 64
 
 
 class Kind(StrEnum):
@@ -127,6 +130,7 @@ class _Step:
 
     kind: Kind
     mode: Mode
+    call: Call
     ahead: bool = True  # whether it reads ahead
     tape: Tape | None = None  # what it does
     meters: dict[str, Meter] = field(default_factory=dict)  # of the lanes, when it began
@@ -186,7 +190,7 @@ class Steps:
         track = self.tracks[kind]
         self._make_plan(kind)
         mode = self._mode(kind, call)
-        self._step = _Step(kind, mode, ahead=mode is not Mode.REPLAY or track.trial.ahead)
+        self._step = _Step(kind, mode, call, mode is not Mode.REPLAY or track.trial.ahead)
         meters = self._step.meters = meters_of(self._engine)
         if mode is Mode.RECORD:
             self._engine.ledger.heap.keep(0)  # to see what the step cannot do without
@@ -219,7 +223,12 @@ class Steps:
         if step.mode is not Mode.RECORD:
             self._time(track, step, time.perf_counter() - recorder.began_s, meters)
         elif step.kind is Kind.INFER:
-            trace = _roomier(trace, engine.ledger.capacity_bytes, self.constant_bytes)
+            capacity_bytes = engine.ledger.capacity_bytes
+            growth = GROWTH
+            if step.call.goes_on:
+                growth = _cache_growth(trace, capacity_bytes, self.constant_bytes)
+            track.extent = max(track.extent, int(step.call.extent * growth))
+            trace = _roomier(trace, capacity_bytes, self.constant_bytes, growth)
         if step.mode is not Mode.FITS and step.ahead:  # without hooks it shows the update alone
             self._learn(track, trace, watched=step.mode is Mode.RECORD)
         self._resume()
@@ -251,7 +260,7 @@ class Steps:
         track = self.tracks[kind]
         grown = call.extent > track.extent
         if grown:
-            track.extent = int(call.extent * GROWTH) if kind is Kind.INFER else call.extent
+            track.extent = call.extent
         if grown and (kind is Kind.INFER or track.mode is Mode.FITS):
             return Mode.RECORD
         return track.mode
@@ -343,13 +352,20 @@ def _never(trace: Trace) -> bool:
     return False
 
 
-def _roomier(trace: Trace, capacity_bytes: int, constant_bytes: int) -> Trace:
+def _cache_growth(trace: Trace, capacity_bytes: int, constant_bytes: int) -> float:
+    """How far a cache may grow before a step with it is watched again."""
+    most_bytes = max((m.other_bytes for m in trace.moments), default=0) - constant_bytes
+    room_bytes = CACHE_SHARE * capacity_bytes
+    return min(max(1 + room_bytes / max(most_bytes, 1), GROWTH), CACHE_GROWTH)
+
+
+def _roomier(trace: Trace, capacity_bytes: int, constant_bytes: int, growth: float) -> Trace:
     """With room, where there is some, for inputs that grow before they are watched again."""
 
     def room(moment: Moment) -> int:
         held_bytes = sum(trace.chunk_bytes[c] for c in {n.chunk for n in moment.needs})
         most_bytes = max(capacity_bytes - held_bytes, moment.other_bytes)
         growing_bytes = max(moment.other_bytes - constant_bytes, 0)
-        return min(moment.other_bytes + int(growing_bytes * (GROWTH - 1)), most_bytes)
+        return min(moment.other_bytes + int(growing_bytes * (growth - 1)), most_bytes)
 
     return replace(trace, moments=tuple(replace(m, other_bytes=room(m)) for m in trace.moments))

@@ -17,11 +17,23 @@ class Trust:
         self.hooks = True
         self.alone: Callable[[], bool] = lambda: False
         self._came_alone: set[int] = set()  # chunks, in the pass that runs
+        self._ordered_alone: set[int] = set()
+
+    def ordered(self, chunk: int) -> None:
+        """The chunk is being read from now on."""
+        if self.alone():
+            self._ordered_alone.add(chunk)
+        else:
+            self._ordered_alone.discard(chunk)
 
     def came(self, chunk: int) -> None:
         """The chunk is in memory from now on."""
         if self.alone():
             self._came_alone.add(chunk)
+
+    def unseen(self, chunk: int, phase: Phase) -> bool:
+        """Whether nobody can have written to it while it was read."""
+        return phase.updates or (chunk in self._ordered_alone and self.alone())
 
     def untouched(self, chunk: int) -> bool:
         """Whether nobody can have written to it since it came; False: it has to be compared."""
@@ -34,3 +46,4 @@ class Trust:
     def forget(self) -> None:
         """Code of the user's ran or will run: all that is in memory has to be compared."""
         self._came_alone.clear()
+        self._ordered_alone.clear()

@@ -1,12 +1,13 @@
 """From one recorded step to a plan: what leaves and what is read ahead, moment by moment.
 
 Three decisions, in this order. *Residency*: which chunks stay between uses, in the room that is
-left after each moment's own needs and a reserve. *Dwell*: a chunk used in a pass stays one more
-moment where there is room, since the operations that follow may still touch it. *Reading ahead*:
-every other read is queued in the order of need, as early as the remaining room allows. The
-reserve trades bytes moved against time to hide them in; several are tried in simulation. Bytes are
-exact and times are not (one moment that was held up when it was recorded looks like time to hide
-reads in), so a reserve may cost few bytes, whatever time it promises.
+left after each moment's own needs and a reserve. *Dwell*: a chunk used in a backward pass stays one
+more moment where there is room, since an operation may ask for its weights one by one. (In a
+forward pass a module asks once, for all that it has, and room is better used to read ahead.)
+*Reading ahead*: every other read is queued in the order of need, as early as the remaining room
+allows. The reserve trades bytes moved against time to hide them in; several are tried in
+simulation. Bytes are exact and times are not (one moment that was held up when it was recorded
+looks like time to hide reads in), so a reserve may cost few bytes, whatever time it promises.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 
 from offload.prefetch.bounds import IDLE, bound, drive_of
 from offload.prefetch.plan import Forecast, Ops, Plan
-from offload.prefetch.residency import Gaps, choose, find_gaps, taken
+from offload.prefetch.residency import Gaps, choose, find_gaps, spread, taken
+from offload.prefetch.sharing import Sharing
 from offload.prefetch.simulate import Replay, Timeline
 from offload.prefetch.trace import Phase, Trace
 from offload.prefetch.uses import Bools, Ints, Uses, find_uses
@@ -28,6 +30,8 @@ _BYTES_SHARE = 0.05  # that time may cost; it was worth 4% of a step at most (do
 _RESERVES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # times the largest needs of a moment
 _FEW_RESERVES = (0.5, 2.0)
 _ONE_RESERVE = (2.0,)
+# Left of the drive's rate beside two threads of products, with checksums: 0.72 (docs/log.md).
+_BESIDE_COMPUTING = Sharing(drive=0.7)
 _LARGE_TRACE, _HUGE_TRACE = 10_000, 100_000  # uses of chunks; a try takes seconds on a huge one
 
 
@@ -72,17 +76,45 @@ def plan(trace: Trace, machine: Machine, capacity_bytes: int) -> Plan:
         raise DoesNotFit(index, int(held[index]), capacity_bytes, least)
     gaps = find_gaps(trace, machine, uses)
     replay = Replay(trace, machine, capacity_bytes, uses)
+    draft = _Draft(trace, machine, gaps, capacity_bytes - held, replay)
     unit, plans = int(uses.needed_bytes.max()), []
     chunk = int(np.median(trace.chunk_bytes)) if trace.chunk_bytes else 0
     for reserve in _reserves(unit, chunk, len(gaps.chunk), capacity_bytes - least):
-        stays = _stays(trace, gaps, capacity_bytes - held, reserve)
-        ops, start = _operations(trace, gaps, stays)
-        timeline = replay.run(ops, start)
-        forecast = _forecast(trace, machine, reserve, gaps, stays, timeline)
-        plans.append(Plan(ops, start, reserve, forecast))
-        if timeline.read_bytes + timeline.write_bytes == 0:
-            break  # all of it stays: no reserve can help
-    return _best(plans)
+        plans.append(draft.plan(reserve))
+        if _moved_bytes(plans[-1]) == 0:
+            return plans[-1]  # all of it stays: no reserve can help
+    best = _best(plans)
+    if len(gaps.chunk) > _LARGE_TRACE:
+        return best
+    even = draft.plan(best.reserve_bytes, evenly=True)
+    slow = Replay(trace, machine, capacity_bytes, uses, _BESIDE_COMPUTING)
+    even_s, best_s = (slow.run(p.ops, p.resident_at_start).step_s for p in (even, best))
+    gains = even_s < best_s * (1 - _SAME_SHARE) and _moved_bytes(even) <= _moved_bytes(best)
+    return even if gains else best
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """What all plans of one trace are made from. ``free_bytes``: beside each moment's own needs."""
+
+    trace: Trace
+    machine: Machine
+    gaps: Gaps
+    free_bytes: Ints
+    replay: Replay
+
+    def plan(self, reserve_bytes: int, *, evenly: bool = False) -> Plan:
+        """The plan with this reserve; ``evenly``: with reads apart from each other."""
+        room_bytes = self.free_bytes - reserve_bytes
+        kept = choose(self.gaps, room_bytes)
+        if evenly:
+            kept = spread(self.gaps, room_bytes, kept)
+        stays = _stays(self.trace, self.gaps, self.free_bytes, kept)
+        ops, start = _operations(self.trace, self.gaps, stays)
+        timeline = self.replay.run(ops, start)
+        return Plan(ops, start, reserve_bytes, _forecast(
+            self.trace, self.machine, reserve_bytes, self.gaps, stays, timeline
+        ))  # fmt: skip
 
 
 def stay(trace: Trace) -> Plan:
@@ -139,17 +171,15 @@ class _Stays:
     free: Ints
 
 
-def _stays(trace: Trace, gaps: Gaps, free_bytes: Ints, reserve_bytes: int) -> _Stays:
-    """Residency and dwell."""
+def _stays(trace: Trace, gaps: Gaps, free_bytes: Ints, kept: Bools) -> _Stays:
+    """Of chosen gaps, with dwell."""
     count = len(trace.moments)
-    kept = choose(gaps, free_bytes - reserve_bytes)
     held = np.where(kept, gaps.span, 0)
     first = (gaps.after + 1) % count
     load = taken(first, held, gaps.size_bytes, count).astype(np.int64)
     free: list[int] = (free_bytes - load).tolist()
-    # The engine itself runs an update's arithmetic: there, nothing reads on.
-    update = np.array([m.phase.updates for m in trace.moments])
-    short = np.flatnonzero((held == 0) & (gaps.reach > 1) & ~update[gaps.after])
+    backward = np.array([m.phase is Phase.BACKWARD for m in trace.moments])
+    short = np.flatnonzero((held == 0) & (gaps.reach > 1) & backward[gaps.after])
     stay = []
     for g, t, size in zip(*(c.tolist() for c in (short, first[short], gaps.size_bytes[short])),
                           strict=True):  # fmt: skip

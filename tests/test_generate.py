@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from offload.config import Tuning
 from offload.prefetch.planner import plan
 from offload.prefetch.uses import find_uses
 from offload.run import Runtime
-from offload.steps import FORMS, Kind, Mode
-from offload.tiers.home import Backing
+from offload.steps import CACHE_GROWTH, FORMS, GROWTH, Kind, Mode
+from offload.tiers.home import Backing, HomeSpace
 from offload.tiers.spec import KIB, MIB, Machine
 from offload.trial import STEPS, TRIES, Trial
 from tests.conftest import CHUNK_BYTES, MACHINE, ZOO, Manager
@@ -222,7 +223,7 @@ def test_weights_written_between_tokens(manage: Manager) -> None:
 
 def test_the_next_tokens_first_chunks_are_on_their_way(manage: Manager) -> None:
     model = _build("llama")
-    run = manage(model, host_bytes=_small(model) + 6 * CHUNK_BYTES)
+    run = manage(model, host_bytes=_small(model) + 8 * CHUNK_BYTES)
     in_flight = []
 
     def look(ids: Tensor, scores: Tensor) -> Tensor:
@@ -235,27 +236,61 @@ def test_the_next_tokens_first_chunks_are_on_their_way(manage: Manager) -> None:
     assert any(in_flight[4:]), "the drive idles between tokens"
 
 
-def test_what_known_code_leaves_alone_is_not_checked(manage: Manager) -> None:
-    checked: list[bool] = []
+def test_a_growing_cache_is_watched_seldom_and_has_room(manage: Manager) -> None:
+    model = _build("llama")
+    run = manage(model, host_bytes=_bytes(model))
+    steps, watched = run.parts.steps, list[int]()
+    begin = steps.begin
+
+    def note(kind: Kind, call: Call) -> Mode:
+        mode = begin(kind, call)
+        if mode is Mode.RECORD and call.goes_on:
+            watched.append(call.extent)
+        return mode
+
+    steps.begin = note  # type: ignore[method-assign, assignment]
+    _generate(model, min_new_tokens=100, max_new_tokens=100)
+    growth = [b / a for a, b in itertools.pairwise(watched)]
+    assert 2 <= len(growth) <= 4
+    assert all(GROWTH < g <= 1.1 * CACHE_GROWTH for g in growth[:-1])
+    assert steps.forms["decode 2"].trace is not None
+    room_bytes = max(m.other_bytes for m in steps.forms["decode 2"].trace.moments)
+    assert room_bytes >= GROWTH * run.parts.engine.ledger.peak_other_bytes
+
+
+@pytest.mark.parametrize("weight_dtype", [None, "int8"])
+def test_what_known_code_leaves_alone_is_not_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight_dtype: str | None
+) -> None:
+    """Neither when it leaves, nor what its home showed while it was read."""
+    seen = {"unchanged": 0, "_heed_mapping": 0}
+    for name in seen:
+        work = getattr(HomeSpace, name)
+
+        def count(*args: Any, name: str = name, work: Callable[..., Any] = work) -> Any:
+            seen[name] += 1
+            return work(*args)
+
+        monkeypatch.setattr(HomeSpace, name, count)
+    tuning = Tuning(chunk_bytes=CHUNK_BYTES // 4, machine=MACHINE)
     for known in (True, False):
         model = _build("llama")
         if not known:
             model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
         assert is_known(model) is known
-        run = manage(model, host_bytes=_small(model))
-        space, seen = run.parts.engine.space, 0
-        unchanged = space.unchanged
-
-        def count(chunk: Any, check: Callable[..., bool] = unchanged) -> bool:
-            nonlocal seen
-            seen += 1
-            return check(chunk)
-
-        space.unchanged = count  # type: ignore[method-assign]
-        before = run.parts.engine.counters.evictions
-        _generate(model, max_new_tokens=12)
-        checked.append(seen < 0.5 * (run.parts.engine.counters.evictions - before))
-    assert checked == [True, False]
+        offload.wrap(
+            model, None, host_memory=_small(model), disk=tmp_path, weight_dtype=weight_dtype,
+            tuning=tuning,
+        )  # fmt: skip
+        with offload.runtime(model) as run:
+            assert is_known(model) is known
+            before = run.parts.engine.counters.evictions
+            seen.update(dict.fromkeys(seen, 0))
+            _generate(model, max_new_tokens=12)
+            evictions = run.parts.engine.counters.evictions - before
+        assert evictions > 40
+        for times in seen.values():
+            assert (times < 0.5 * evictions) is known
 
 
 def test_weights_written_after_an_interrupted_pass(manage: Manager) -> None:
@@ -380,15 +415,19 @@ def test_forms_of_calls() -> None:
 
 
 def test_reading_ahead_that_loses_is_given_up() -> None:
-    for without_s, ahead in ((1.0, False), (1.4, True)):
+    """Also where the machine becomes twice as fast, or as slow, when the trial begins."""
+    cases = itertools.product((0.9, 1.1), (0.5, 1.0, 2.0))
+    for without, pace in cases:
         trial = Trial()
         for _ in range(STEPS):
             assert trial.ahead
             trial.note(1.3, forecast_s=1.0)
         for _ in range(TRIES):
             assert not trial.ahead
-            trial.note(without_s, forecast_s=1.0)
-        assert (trial.over, trial.ahead) == (True, ahead)
+            trial.note(1.3 * without * pace, forecast_s=1.0)
+            assert trial.ahead
+            trial.note(1.3 * pace, forecast_s=1.0)
+        assert (trial.over, trial.ahead) == (True, without > 1)
     good = Trial()
     for _ in range(3 * STEPS):
         good.note(1.1, forecast_s=1.0)

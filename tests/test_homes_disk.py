@@ -44,12 +44,14 @@ def faulty(tmp_path: Path) -> Iterator[tuple[Rig, FaultyDisk]]:
     rig.space.close()
 
 
-def test_flipped_bit_is_an_error(faulty: tuple[Rig, FaultyDisk]) -> None:
+@pytest.mark.parametrize("user_code", [True, False])
+def test_flipped_bit_is_an_error(faulty: tuple[Rig, FaultyDisk], user_code: bool) -> None:
     rig, disk = faulty
     chunk = rig.evicted(2, 1.0)
     disk.fault = "bit"
+    rig.space.start_load(chunk)
     with pytest.raises(CorruptChunk, match=r"from offset 32768 .* is different from what was"):
-        rig.load(chunk)
+        rig.space.install(chunk, user_code=user_code)
     disk.fault = None
     assert all_are(rig.tensors[2], 1.0)  # the home still shows the file
 

@@ -124,12 +124,12 @@ class Replay:
         return set(self.plan.ops[t].drops)
 
     def _dwelt(self, t: int, dropped: set[int]) -> None:
-        """What the moment before used goes at once only where there was no room to stay."""
+        """What a backward pass used goes at once only where there was no room to stay."""
         before = (t - 1) % len(self.trace.moments)
         for chunk in dropped:
             if self.last_used.get(chunk) != before:
                 continue
-            if not self.trace.moments[before].phase.updates:
+            if self.trace.moments[before].phase is Phase.BACKWARD:
                 wanted = self.bytes_of(self.present - self.unused) + self.trace.chunk_bytes[chunk]
                 assert wanted > self.room(t), f"chunk {chunk} could have stayed in moment {t}"
 
@@ -331,3 +331,26 @@ def test_a_reserve_is_of_whole_chunks(halves: int) -> None:
     ]
     trace = Trace(tuple(moments), (size,) * count, {})
     assert plan(trace, ONE_DRIVE, halves * size // 2).reserve_bytes % size == 0
+
+
+@pytest.mark.parametrize(("phase", "waits"), [(Phase.FORWARD, False), (Phase.BACKWARD, True)])
+def test_a_forward_pass_reads_ahead_into_what_it_has_left(phase: Phase, waits: bool) -> None:
+    """Each moment takes as long as a read; what stays for a moment more holds the next one up."""
+    size, count = 2 * MIB, 40
+    read_s = size / ONE_DRIVE.read_bytes_per_s + ONE_DRIVE.disk_latency_s
+    needs = [(Need(c, Access.READ),) for c in range(count)]
+    trace = Trace(tuple(Moment(phase, n, 1.01 * read_s, 0) for n in needs), (size,) * count, {})
+    made = plan(trace, ONE_DRIVE, 2 * size)
+    assert (made.forecast.stall_s > 0.1 * made.forecast.step_s) is waits
+
+
+def test_what_is_read_lies_apart() -> None:
+    """Half of the chunks stay. If those were the first the drive would idle, then be too slow."""
+    count = 40
+    needs = [(Need(c, Access.READ),) for c in range(count)]
+    moments = tuple(Moment(Phase.FORWARD, n, 0.7 * UNIT / 10.0, 0) for n in needs)
+    trace = Trace(moments, (UNIT,) * count, {})
+    made = plan(trace, SLOW, count // 2 * UNIT)
+    check(trace, made, count // 2 * UNIT)
+    assert made.forecast.read_bytes <= (count // 2 + 2) * UNIT
+    assert made.forecast.stall_s < 0.01 * made.forecast.step_s

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from offload.prefetch import residency
 from offload.prefetch.planner import plan
-from offload.prefetch.residency import Gaps, Room, choose, find_gaps, taken
+from offload.prefetch.residency import Gaps, Room, choose, find_gaps, spread, taken
 from offload.prefetch.trace import Access, Moment, Need, Phase, Trace
 from offload.prefetch.uses import Bools, Floats, Ints, find_uses
 from tests.test_planner import DUPLEX, ONE_DRIVE, UNIT, check, traces, typical
@@ -130,6 +130,19 @@ def test_packing_by_columns_keeps_what_packing_one_by_one_keeps(trace: Trace, fr
         fills_its_room(gaps, packing.kept, room)
         outcomes.append(packing.kept.tolist())
     assert outcomes[0] == outcomes[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(traces(most_chunks=12, most_moments=30), st.integers(0, 40))
+def test_reads_that_lie_apart_are_no_more(trace: Trace, free: int) -> None:
+    gaps = find_gaps(trace, ONE_DRIVE, find_uses(trace))
+    room = np.full(len(trace.moments), free * UNIT, dtype=np.int64)
+    if not len(gaps.chunk):
+        return
+    kept = choose(gaps, room)
+    apart = spread(gaps, room, kept)
+    fills_its_room(gaps, apart, room)
+    assert gaps.saved_s(apart) >= gaps.saved_s(kept)
 
 
 def test_a_large_trace_is_planned_from_a_sample_of_its_prices() -> None:

@@ -155,7 +155,6 @@ class HomeSpace:
         chunk.frame = self.pool.take(chunk.size_bytes)
         self._saw(chunk, chunk.size_bytes)
         chunk.loading = Ticket(chunk.id)
-        self._look_for_foreign_writes()
         self._loads[chunk.id] = chunk
         self.lanes["read"].submit(chunk.loading, self._reading(chunk), chunk.size_bytes)
 
@@ -169,12 +168,12 @@ class HomeSpace:
         assert frame is not None
         try:
             self.lanes["read"].wait(ticket)
-            self._look_for_foreign_writes()
-            if chunk.loading is not ticket:  # a foreign write was seen: it was read again
-                ticket = chunk.loading
-                assert ticket is not None
-                self.lanes["read"].wait(ticket)
             if user_code or ticket.result != chunk.checksum:
+                self._look_for_foreign_writes()
+                if chunk.loading is not ticket:  # a foreign write was seen: it was read again
+                    ticket = chunk.loading
+                    assert ticket is not None
+                    self.lanes["read"].wait(ticket)
                 self._heed_mapping(chunk, ticket)
         except OSError:
             self._end_load(chunk)  # the next need tries again

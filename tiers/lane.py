@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
+from offload.tiers.sched import ask_for_short_slices
+
 
 class Ticket:
     """Completion of one transfer; an error raises where the ticket is awaited."""
@@ -97,7 +99,7 @@ class ThreadLane:
     def __init__(self, name: str, workers: int) -> None:
         self.meter = Meter()
         self.spans: deque[Span] = deque(maxlen=SPANS_KEPT)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=f"offload-{name}")
+        self._pool = ThreadPoolExecutor(workers, f"offload-{name}", ask_for_short_slices)
         self._lock = threading.Lock()
         self._active = 0
         self._active_since_s = 0.0
