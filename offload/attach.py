@@ -90,9 +90,9 @@ def _attach_residents(run: Runtime, trained: Trained | None, replan: Callable[[]
             parts.early.renew()
 
     def give_up() -> bool:
-        # Groups that are being updated early must not change while that goes on.
-        early = parts.early is not None and parts.early.active
-        return not (early and device.engine.phase.in_backward) and residents.give_up_one()
+        # Of a step that was begun early the groups must stay what they are.
+        begun = parts.stepper is not None and parts.stepper.is_ahead
+        return not begun and residents.give_up_one()
 
     levels = Levels(device.engine.frames, device.engine.ledger, parts.engine, parts.binding)
     residents = Residents(levels, device.place, device.dtype, trained, changed)

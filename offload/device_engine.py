@@ -93,6 +93,7 @@ class DeviceEngine(Engine):
 
     def retire(self) -> None:
         """No copy of a weight is kept. Those that the plan would have kept are fetched again."""
+        self.collect()
         gone = [*self._resident, *(c.id for c in self.frames.loads())]
         for c in gone:
             self._discard(self.frames.chunks[c])

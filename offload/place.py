@@ -205,14 +205,17 @@ def _planner(engine: DeviceEngine, tuning: Tuning) -> Callable[[Trace], Plan]:
             rate = meter.moved_bytes / meter.busy_s
         rate = rate or UNMEASURED_BYTES_PER_S
         link = Machine(rate, rate, rate, rate, rate, h2d_bytes_per_s=rate, disk_latency_s=2e-5)
-        try:
-            return plan(trace, link, engine.ledger.capacity_bytes)
-        except DoesNotFit as error:
-            raise _too_small(
-                f"moment {error.moment} of the step",
-                error.smallest_bytes + engine.ledger.fixed_bytes,
-                engine.ledger.budget_bytes, "device", "device_memory",
-            ) from error  # fmt: skip
+        while True:
+            try:
+                return plan(trace, link, engine.ledger.capacity_bytes)
+            except DoesNotFit as error:
+                if engine.give_up():
+                    continue  # less lives there: the rest has more room
+                raise _too_small(
+                    f"moment {error.moment} of the step",
+                    error.smallest_bytes + engine.ledger.fixed_bytes,
+                    engine.ledger.budget_bytes, "device", "device_memory",
+                ) from error  # fmt: skip
 
     return make
 

@@ -346,3 +346,22 @@ def cut_short(model: Stack, where: str) -> None:
             block.up.forward = original
         if handle is not None:
             handle.remove()
+
+
+@pytest.mark.parametrize("memory", ["1600KiB", "64MiB"], ids=["some", "all"])
+@pytest.mark.parametrize("setting", [*SETTINGS, "auto"])
+def test_beside_weights_that_live_on_the_device(
+    zoo: Any, wrapped: Any, setting: str, memory: str
+) -> None:
+    found = []
+    for residents in (False, True):
+        model, optimizer = start()
+        watched = wrapped(setting, model, optimizer, how=tuning(residents=residents),
+                          memory=memory, host="1MiB")  # fmt: skip
+        found.append(train(model, optimizer, rows=ROWS))
+        device = watched.runtime.stats()["tiers"]["device"]
+        if setting == "recompute" or memory == "64MiB":  # others may take the room themselves
+            assert (device["resident_bytes"] > 0) is residents
+        assert device["peak_bytes"] <= device["budget_bytes"]
+        assert watched.device.engine.ledger.other_bytes == 0
+    assert zoo.same(*found)

@@ -59,8 +59,9 @@ class Catalogue:
                 self.task("mechanism", "mechanism.py", cuda=True),
             ]),
             ("fits", "wrapped and everything fits; a quarter of what the unwrapped run needs", [
-                *self.trained("1.3b", "none", "4096", "plain", "ours", "ours-kept"),
-                *self.trained("1.3b", "quarter", "4096", "ours", "deepspeed", "fsdp2"),
+                *self.trained("1.3b", "none", "4096", "plain", "ours", "ours-streamed"),
+                *self.trained("1.3b", "quarter", "4096", "ours", "ours-streamed"),
+                *self.trained("1.3b", "quarter", "4096", "deepspeed", "fsdp2"),
             ]),
             ("8gb", "1.3 B in 8 GB, beside peers",
              self.trained("1.3b", "8", "2048", "ours", *PEERS, "ours-again")),
