@@ -230,7 +230,8 @@ class Device:
         residents.begin_pass()
         if host.current is None:
             trace = self.steps.tracks[residents.kind].trace
-            if trace is not None:
+            if trace is not None and not residents.chunks:
+                self.engine.retire()  # frames that outlive passes hold the room
                 residents.consider(trace, host.tracks[residents.kind].trace, self._up_bytes_per_s())
             if residents.take_moved():
                 for steps, kind in product((host, self.steps), Kind):

@@ -85,6 +85,12 @@ class Ledger:
         self.peak_other_bytes = max(self.peak_other_bytes, self.other_bytes)
         self.see()
 
+    def take_fixed(self, size_bytes: int) -> None:
+        """Debit (below 0: credit) what comes for good. There must be room."""
+        self._trim(size_bytes)
+        self.fixed_bytes += size_bytes
+        self.see()
+
     def give_other(self, size_bytes: int, kind: Other = Other.ACTIVATIONS) -> None:
         """Credit it back; the system gets it too before other memory is taken."""
         self._change(-size_bytes, kind)

@@ -220,14 +220,18 @@ class Residents:
 
     def _bring(self, chunk: int, cost_bytes: int) -> None:
         """Have a chunk's weights live here, where that can be."""
+        ledger = self._levels.ledger
+        if ledger.room_bytes < cost_bytes:
+            return  # somebody holds on to frames
+        ledger.take_fixed(cost_bytes)
         moved: list[nn.Parameter] = []
         for param in self._levels.space.params_of(chunk):
             if not self._bring_one(param):
                 self._return(moved)
+                ledger.take_fixed(-cost_bytes)
                 return
             moved.append(param)
         self.chunks[chunk] = cost_bytes
-        self._levels.ledger.fixed_bytes += cost_bytes
 
     def _bring_one(self, param: nn.Parameter) -> bool:
         home, host = self._levels.binding.homes[param], self._levels.host
@@ -269,7 +273,7 @@ class Residents:
     def _send_home(self, chunks: list[int]) -> None:
         params = [p for c in chunks for p in self._levels.space.params_of(c)]
         self._return(params)
-        self._levels.ledger.fixed_bytes -= sum(self.chunks.pop(c) for c in chunks)
+        self._levels.ledger.take_fixed(-sum(self.chunks.pop(c) for c in chunks))
         self._settle()
 
     def _return(self, params: list[nn.Parameter]) -> None:

@@ -380,3 +380,22 @@ def test_they_are_no_activations(tmp_path: Path) -> None:
         del loss
         run.close()
     assert held[0] == held[1] > 0
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_frames_of_before_make_room(trust: bool, tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = adamw(model)
+    offload.wrap(model, optimizer, device="emulated", device_memory="2500KiB", host_memory="1MiB",
+                 disk=tmp_path, tuning=tuning(residents=True, trust_versions=trust))  # fmt: skip
+    run = offload.runtime(model)
+    device = run.parts.device
+    assert device is not None
+    ledger, pool = device.engine.ledger, device.engine.frames.pool
+    train(model, optimizer, range(1))
+    held = pool.total_bytes
+    assert held > 0
+    train(model, optimizer, range(1, 4))
+    assert run.stats()["tiers"]["device"]["resident_bytes"] + held > ledger.budget_bytes
+    assert ledger.used_bytes <= ledger.peak_bytes <= ledger.budget_bytes
+    run.close()
