@@ -24,14 +24,16 @@ def limit_of_form(parts: Parts, form: str) -> Limit | None:
 
 
 def _limit(parts: Parts, kind: Kind, track: Track, above: Track | None) -> Limit | None:
-    forecast = track.forecast
-    if forecast is None or track.trace is None:
+    # Of a form that is new, or is to be planned anew: what its last step followed.
+    follower = track.follower or (track.tape.follower if track.tape is not None else None)
+    if follower is None:
         return None
+    forecast = follower.plan.forecast
     limit = forecast.limit
     if parts.device is not None:
         if above is None or above.trace is None:
             return None
-        limit = framed_bound(forecast.drive, track.trace, _framed(parts, kind, above))
+        limit = framed_bound(forecast.drive, follower.trace, _framed(parts, kind, above))
     if track.fits and track.step_s is not None:
         # Nothing moves and the hooks are off: steps themselves now tell what computing takes.
         limit = limit._replace(

@@ -197,7 +197,7 @@ def test_bytes_of_a_streamed_mixtral_are_those_that_were_planned(
     policy = rehearse(problem, found, CHUNK_BYTES)
     planned_bytes = policy.weights.disk * problem.shape.weights.pass_bytes
     assert planned_bytes == pytest.approx(measured_bytes, rel=0.1)
-    assert planned_bytes > 0.3 * problem.shape.weights.experts.layer_bytes * 6
+    assert planned_bytes > 0.2 * problem.shape.weights.experts.layer_bytes * 6
 
 
 def test_the_command_says_what_it_assumes_of_experts(
