@@ -87,6 +87,8 @@ def plan(trace: Trace, machine: Machine, capacity_bytes: int) -> Plan:
     if len(gaps.chunk) > _LARGE_TRACE:
         return best
     even = draft.plan(best.reserve_bytes, evenly=True)
+    if _moved_bytes(even) < _moved_bytes(best) * (1 - _BYTES_SHARE):
+        return even  # a moment that holds much leaves less room for what is all at one place
     slow = Replay(trace, machine, capacity_bytes, uses, _BESIDE_COMPUTING)
     even_s, best_s = (slow.run(p.ops, p.resident_at_start).step_s for p in (even, best))
     gains = even_s < best_s * (1 - _SAME_SHARE) and _moved_bytes(even) <= _moved_bytes(best)
