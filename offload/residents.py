@@ -11,7 +11,8 @@ there are no gradients, weights move (PatrickStar's warm-up, for placement on th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,7 @@ class Converted:
     def of(self, param: nn.Parameter) -> Tensor:
         """The copy, one for all uses in a pass."""
         if param not in self._made:
-            with torch.inference_mode(False), torch.no_grad():
+            with ordinary_tensors():
                 self._made[param] = made = param.detach().to(self._dtype)
             self.storages.add(made.untyped_storage().data_ptr())
         return self._made[param]
@@ -180,8 +181,9 @@ class Residents:
         possible = [offer for offer in offers if offer is not None]
         chosen = choose_residents(trace, possible, capacity_bytes, aside_bytes=aside_bytes)
         costs = {offer.chunk: offer.cost_bytes for offer in possible}
-        for chunk in chosen:
-            self._bring(chunk, costs[chunk])
+        with ordinary_tensors():
+            for chunk in chosen:
+                self._bring(chunk, costs[chunk])
         if self.chunks:
             self._settle()
 
@@ -272,7 +274,8 @@ class Residents:
 
     def _send_home(self, chunks: list[int]) -> None:
         params = [p for c in chunks for p in self._levels.space.params_of(c)]
-        self._return(params)
+        with ordinary_tensors():
+            self._return(params)
         self._levels.ledger.take_fixed(-sum(self.chunks.pop(c) for c in chunks))
         self._settle()
 
@@ -326,3 +329,10 @@ class Residents:
             frames = (c.id for c in host.space.chunks if c.frame is not None)
             host.evict([c for c in frames if binding.is_dead(c)])
         self._changed()
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Whatever mode the caller is in: what is made here outlives it, and is trained later."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

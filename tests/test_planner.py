@@ -362,7 +362,7 @@ def test_reads_lie_apart_where_that_spares_some() -> None:
     for _ in range(6):
         few = (Need(chunks, Access.READ),)
         many = tuple(Need(c, Access.READ) for c in range(chunks + 1, chunks + 50))
-        moments += [Moment(Phase.FORWARD, few, 1e-3, 0), Moment(Phase.FORWARD, many, 1e-3, 0)]
+        moments += [Moment(Phase.FORWARD, few, 0.1, 0), Moment(Phase.FORWARD, many, 0.1, 0)]
         chunks += 50
     size = 16384
     trace = Trace(tuple(moments), (size,) * chunks, {})

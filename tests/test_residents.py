@@ -260,10 +260,11 @@ def test_frozen_weights_come_for_inference(tmp_path: Path) -> None:
     run.runtime.close()
 
 
-def test_an_optimizer_takes_over_a_model_with_residents(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_optimizer_takes_over_a_model_with_residents(mode: Any, tmp_path: Path) -> None:
     plain, model = mlp(), mlp()
     run = Run(model, tmp_path, "2MiB")
-    with torch.no_grad():
+    with mode():
         for _ in range(3):
             model(torch.randn(4, 128))
     assert run.resident_bytes > 0
