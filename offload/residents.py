@@ -253,7 +253,7 @@ class Residents:
             return False
         self._levels.binding.residents.add(param)
         self._computed.storages.add(param.untyped_storage().data_ptr())
-        self._move_state(param, self._place)
+        self._bring_state(param)
         return True
 
     def give_up_one(self) -> bool:
@@ -292,28 +292,40 @@ class Residents:
             param.data = target
             if grad is not None:
                 param.grad = grad.to(target.device)
-            self._move_state(param, target.device)
+            self._send_state(param)
         if self._trained is not None:
             self._trained.adopt()
 
-    def _move_state(self, param: nn.Parameter, place: torch.device) -> None:
+    def _state(self, param: nn.Parameter) -> dict[str, Any]:
         trained = self._trained
-        entries: dict[str, Any] = trained.optimizer.state.get(param, {}) if trained else {}
-        home = self._levels.binding.homes[param]
+        return trained.optimizer.state.get(param, {}) if trained is not None else {}
+
+    def _bring_state(self, param: nn.Parameter) -> None:
+        home, entries = self._levels.binding.homes[param], self._state(param)
         for name, value in entries.items():
             if not isinstance(value, Tensor):
                 continue
             if value.dim() == 0:
-                assert trained is not None
-                entries[name] = value.to(place if trained.counts_there(param) else "cpu")
+                assert self._trained is not None
+                entries[name] = (
+                    value.to(self._place) if self._trained.counts_there(param) else value
+                )
                 continue
-            target = torch.empty_like(value, device=place)
+            target = torch.empty_like(value, device=self._place)
             region = home.family.states.get(name)
             if region is not None and region.layout is home.family.layout:
                 copy_out(self._levels.host, region, home.index, value, target)
             else:
                 target.copy_(value)
             entries[name] = target
+
+    def _send_state(self, param: nn.Parameter) -> None:
+        """What has a home is left where it is, as a tensor that `adopt` does not know: it copies it
+        there itself, without one in between. The rest is small."""
+        home, entries = self._levels.binding.homes[param], self._state(param)
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                entries[name] = value.detach() if name in home.family.states else value.cpu()
 
     def take_moved(self) -> bool:
         """Whether weights moved since the last call: steps touch other chunks from now on."""
