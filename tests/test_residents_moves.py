@@ -189,3 +189,26 @@ def test_state_goes_straight_into_its_home(name: str, tmp_path: Path) -> None:
     assert losses == train(plain, reference, range(6))
     assert same(weights(model), weights(plain))
     run.runtime.close()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_an_evaluation_may_be_what_they_come_in(dtype: Any, tmp_path: Path) -> None:
+    """In inference mode, whose tensors cannot be trained."""
+    outcomes = []
+    for residents in (False, True):
+        model = mlp()
+        optimizer = adamw(model)
+        offload.wrap(model, optimizer, device="emulated", device_memory="64MiB", disk=tmp_path,
+                     host_memory="1MiB", compute_dtype=dtype,
+                     tuning=tuning(residents=residents))  # fmt: skip
+        run = offload.runtime(model)
+        losses = train(model, optimizer, range(1))
+        with torch.inference_mode():
+            losses.append(loss_of(model, 7).item())
+        held = run.stats()["tiers"]["device"]["resident_bytes"]
+        assert (held > 0) is residents
+        losses += train(model, optimizer, range(1, 4))
+        outcomes.append((losses, weights(model)))
+        run.close()
+    assert outcomes[0][0] == outcomes[1][0]
+    assert same(outcomes[0][1], outcomes[1][1])
