@@ -44,6 +44,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(64, 2, 128, 512),
+    "8m": Shape(256, 8, 704, 2048),  # whose activations, of many tokens, outweigh its weights
     "25m": Shape(384, 10, 1088),
     "100m": Shape(768, 12, 2048),  # 97.5 M parameters, the model of all the bars
     "400m": Shape(1280, 19, 3456),
@@ -59,15 +60,16 @@ def build(shape: Shape) -> LlamaForCausalLM:
             vocab_size=shape.vocabulary, hidden_size=shape.hidden,
             intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
             num_attention_heads=shape.hidden // 64, num_key_value_heads=shape.hidden // 64,
+            use_cache=False,
         )
     )  # fmt: skip
 
 
-def batches(shape: Shape, tokens: int) -> Iterator[torch.Tensor]:
-    """Random token ids [1, tokens] for ever."""
+def batches(shape: Shape, tokens: int, rows: int = 1) -> Iterator[torch.Tensor]:
+    """Random token ids [rows, tokens] for ever."""
     generator = torch.Generator().manual_seed(1)
     while True:
-        yield torch.randint(0, shape.vocabulary, (1, tokens), generator=generator)
+        yield torch.randint(0, shape.vocabulary, (rows, tokens), generator=generator)
 
 
 def arguments(kinds: tuple[str, ...]) -> argparse.Namespace:
@@ -76,6 +78,7 @@ def arguments(kinds: tuple[str, ...]) -> argparse.Namespace:
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("--shape", choices=SHAPES, default="100m")
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--budget", default="400MiB")
     parser.add_argument("--disk", type=Path, required=True)
     return parser.parse_args()
@@ -103,7 +106,7 @@ def serve(
     """Make ready, then take the steps asked for. ``ready`` returns a step: ids in, loss out."""
     torch.set_num_threads(os.cpu_count() or 1)
     say(base_bytes=anonymous_bytes())
-    step, source = ready(), batches(SHAPES[args.shape], args.tokens)
+    step, source = ready(), batches(SHAPES[args.shape], args.tokens, args.rows)
     say(turn=0)
     for line in sys.stdin:
         for _ in range(int(line)):

@@ -12,6 +12,7 @@ import offload
 from offload.errors import BudgetError
 
 Step = Callable[[torch.Tensor], torch.Tensor]
+ACTIVATIONS = ("auto", "recompute", "swap")  # contestants that are named after this setting
 
 
 def stepper(model: Any, optimizer: Any) -> Step:
@@ -27,9 +28,11 @@ def stepper(model: Any, optimizer: Any) -> Step:
     return step
 
 
-def plain(shape_name: str) -> Step:
+def plain(shape_name: str, *, checkpointing: bool = False) -> Step:
     """Everything in memory, no offload."""
-    model = build(SHAPES[shape_name])
+    model = build(SHAPES[shape_name]).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     return stepper(model, torch.optim.AdamW(model.parameters(), fused=True))
 
 
@@ -40,8 +43,9 @@ def managed(args: Any, budget: str | int, held: list[Any]) -> Step:
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model, optimizer = offload.wrap(
-        model, optimizer, step_in_backward=args.kind == "offload-backward"
-    )
+        model, optimizer, step_in_backward=args.kind == "offload-backward",
+        activations=args.kind if args.kind in ACTIVATIONS else "keep",
+    )  # fmt: skip
     held[:] = [model]
     return stepper(model, optimizer)
 
@@ -62,12 +66,13 @@ def least_bytes(args: Any) -> int:
 
 
 def main() -> None:
-    args = arguments(("plain", "offload", "offload-backward", "least"))
+    kinds = ("plain", "checkpointing", "offload", "offload-backward", "least", *ACTIVATIONS)
+    args = arguments(kinds)
     held: list[Any] = []
     if args.kind == "least":
         say(least_bytes=least_bytes(args))
-    elif args.kind == "plain":
-        serve(lambda: plain(args.shape), args)
+    elif args.kind in ("plain", "checkpointing"):
+        serve(lambda: plain(args.shape, checkpointing=args.kind == "checkpointing"), args)
     else:
         serve(
             lambda: managed(args, args.budget, held), args,

@@ -59,6 +59,13 @@ def attach(
         on_grad = parts.early.arrived
     _attach_model(run, on_grad)
     optimizer, device = run.optimizer, parts.device
+
+    def at_once() -> bool:
+        if device is not None and device.residents is not None:
+            return device.may_update_at_once(optimizer)
+        known = narrowing.state_dtype is None and parts.steps.all_in_memory
+        return known and store.enter_all()
+
     _attach_optimizer(
         run,
         optimizer,
@@ -68,7 +75,7 @@ def attach(
             store,
             clip=clip,
             narrowing=narrowing,
-            leave=lambda: device is not None and device.may_update_at_once(optimizer),
+            leave=at_once,
         ),
     )
     assert parts.stepper is not None

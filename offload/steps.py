@@ -169,6 +169,11 @@ class Steps:
         """The kind of the step under way."""
         return self._step.kind if self._step is not None else None
 
+    @property
+    def all_in_memory(self) -> bool:
+        """Whether nothing has to move in the step under way."""
+        return self._step is not None and self._step.mode is Mode.FITS
+
     def begin(self, kind: Kind, call: Call = ANY_CALL) -> Mode:
         """A forward pass of this kind starts; how its step is run.
 
@@ -329,8 +334,10 @@ class Steps:
         track = self.tracks[kind]
         if track.trace is None or not track.stale:
             return
-        # A second step with hooks: the first also pays for lazy initialisation.
-        track.fits = self.fits(kind) and bool(track.replayed_s or self._plan_for is None)
+        # Steps with hooks until times are known: the first ones also pay for lazy initialisation.
+        least = RETIMED_AFTER[0] if kind is Kind.TRAIN else 1
+        timed = len(track.replayed_s) >= least or self._plan_for is None
+        track.fits = self.fits(kind) and timed
         if self._plan_for is None or not track.trace.moments:
             return  # a step may use none of our weights: the user's are in their place
         last = len(track.trace.moments) - 1

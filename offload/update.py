@@ -97,6 +97,23 @@ class UpdateStore:
             live = tuple(n for n in needs if not self._engine.is_dead(n.chunk))
             self._engine.need(self.phase, live)
 
+    def enter_all(self) -> bool:
+        """Have all of the update in memory, for one step of the optimizer over it, where that pays.
+
+        It does for a fused kernel, which sweeps once and makes no temporaries: to cut for it only
+        costs calls. Only for who knows that everything fits. Not where state is still to be made.
+        """
+        groups, known = self._optimizer.param_groups, self._profile.params
+        if not all(group.get("fused") for group in groups):
+            return False
+        trained = [p for group in groups for p in group["params"] if p.grad is not None]
+        state = self._optimizer.state
+        if not all(p in known and (state.get(p) or not known[p].state) for p in trained):
+            return False
+        for group in self.groups():
+            self.enter(group)
+        return True
+
     def leave(self, group: UpdateGroup) -> None:
         if self._engine.tape is not None:
             self._engine.tape.mark(Mark.UPDATED)

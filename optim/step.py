@@ -174,6 +174,7 @@ class ChunkedStep:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._open = None
         if self._clip is None and self._ahead is None and self._leave():
+            self._homes.adopt()
             return args, kwargs  # torch's own step
         empty = GroupLedger(optimizer).open({}, {})
         if not self._profile.calls_closure:
