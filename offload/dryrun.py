@@ -8,6 +8,7 @@ Where chunks are is not asked here (offload/synthesis.py), so one run serves eve
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,7 +95,8 @@ def _without_cache(model: Any) -> dict[str, Any]:
     """
     told: dict[str, Any] = {"use_cache": False}
     if not getattr(model.config, "is_encoder_decoder", False):
-        told["past_key_values"] = _no_cache()
+        known = inspect.signature(model.forward).parameters
+        told["cache" if "cache" in known else "past_key_values"] = _no_cache()  # since 5.24
     return told
 
 
