@@ -185,12 +185,31 @@ class Residents:
         if self.chunks:
             self._settle()
 
-    def _offer(self, chunk: int, trace: Trace, rates: Rates) -> Offer | None:
-        params = self._levels.space.params_of(chunk)
-        trains = [p for p in params if self._levels.binding.homes[p].family.trained]
-        if any(p.grad is not None for p in params):
+    def lacking_bytes(self, trace: Trace) -> int | None:
+        """What the device lacks for every weight to live here; None: some never may.
+
+        ``trace``: a step with those that do.
+        """
+        chunks = [c.id for c in self._levels.space.chunks if c.id not in self.chunks]
+        if not all(self._may_come(c) for c in chunks):
             return None
-        if trains and (self._trained is None or not self._trained.offers):
+        cost_bytes = sum(self._cost_bytes(p) for c in chunks for p in self._params(c))
+        other_bytes = max((m.other_bytes for m in trace.moments), default=0)
+        return cost_bytes + other_bytes - self._levels.ledger.capacity_bytes
+
+    def _params(self, chunk: int) -> tuple[nn.Parameter, ...]:
+        return self._levels.space.params_of(chunk)
+
+    def _trains(self, chunk: int) -> list[nn.Parameter]:
+        homes = self._levels.binding.homes
+        return [p for p in self._params(chunk) if homes[p].family.trained]
+
+    def _may_come(self, chunk: int) -> bool:
+        return not self._trains(chunk) or (self._trained is not None and self._trained.offers)
+
+    def _offer(self, chunk: int, trace: Trace, rates: Rates) -> Offer | None:
+        params, trains = self._params(chunk), self._trains(chunk)
+        if any(p.grad is not None for p in params) or not self._may_come(chunk):
             return None
         cost_bytes = sum(self._cost_bytes(p) for p in params)
         return offer_of(trace, chunk, cost_bytes, sum(p.numel() for p in trains), rates)

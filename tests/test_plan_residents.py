@@ -17,14 +17,16 @@ from offload.device_level import Frames, Rules, level_of
 from offload.dryrun import dry_run
 from offload.forecast import Answer, Forecaster
 from offload.machines import Processor, Site
+from offload.report import report_data
 from offload.run import Runtime
 from offload.steps import Kind
-from offload.tiers.spec import GIB, KIB, MIB, Budget
+from offload.tiers.spec import GIB, KIB, MIB, Budget, Machine, format_size
 from tests.framed import MACHINE, tuning
 from tests.test_synthesis import CHUNK_BYTES, Unhurried, gpt2, llama, mixtral, t5
 
 EMULATED = Rules(lambda size_bytes: size_bytes, 0)
 LINK = replace(MACHINE, d2h_bytes_per_s=8e9)
+SLOW_DISK = Machine(1e7, 1e7, 5e6, 5e6, 8e9, 8e9)  # so that whatever spares it is advised
 HOST_BYTES = 1536 * KIB  # not enough for all of full fine-tuning
 STEPS = 6
 FULL = FineTune(batch=2, sequence=16)
@@ -33,7 +35,7 @@ FULL = FineTune(batch=2, sequence=16)
 class Real:
     """A run on the emulated device, and what one more step of it moves."""
 
-    def __init__(self, config: Any, job: FineTune, device_bytes: int, folder: Path) -> None:
+    def __init__(self, config: Any, job: FineTune, device_bytes: int, folder: Path | None) -> None:
         torch.manual_seed(0)
         self.model = build(config, job)
         self.optimizer = optimizer_of(self.model)
@@ -41,9 +43,9 @@ class Real:
         compute = getattr(torch, job.compute_dtype) if job.compute_dtype else None
         offload.wrap(
             self.model, self.optimizer, device="emulated", device_memory=device_bytes,
-            host_memory=HOST_BYTES, disk=folder, compute_dtype=compute,
+            host_memory=HOST_BYTES if folder else 8 * MIB, disk=folder, compute_dtype=compute,
             step_in_backward=job.in_backward, state_dtype=job.state_dtype,
-            tuning=tuning(seed=None, residents=True, device_chunk_bytes=None),
+            tuning=tuning(seed=None, residents=True, device_chunk_bytes=None, machine=SLOW_DISK),
         )  # fmt: skip
         self.run: Runtime = offload.runtime(self.model)
         self.step()
@@ -236,3 +238,27 @@ def test_a_gpu_is_counted_as_its_allocator_counts() -> None:
     plain = foretold(llama(), FULL, 8 * MIB)
     assert there.resident_bytes > plain.resident_bytes
     assert there.kinds["weights"].device % 512 == 0
+
+
+@pytest.mark.parametrize("disk", [True, False], ids=["disk", "no disk"])
+@pytest.mark.parametrize("device_bytes", [MIB, 8 * MIB], ids=["few", "all"])
+def test_the_report_says_what_would_let_all_live_there(
+    device_bytes: int, disk: bool, tmp_path: Path
+) -> None:
+    real = Real(llama(), FULL, device_bytes, tmp_path if disk else None)
+    device = real.run.parts.device
+    assert device is not None
+    assert device.residents is not None
+    trace = device.steps.tracks[Kind.TRAIN].trace
+    lacking_bytes = device.residents.lacking_bytes(trace) if trace is not None else 0
+    advice = report_data(real.run)["verdict"]["advice"]
+    real.run.close()
+    assert not any("state_dtype" in line for line in advice)
+    said = [line for line in advice if "more device memory" in line]
+    assert bool(said) is (device_bytes == MIB)
+    if said:
+        assert lacking_bytes is not None
+        assert format_size(lacking_bytes) in said[0]
+        enough = Real(llama(), FULL, device_bytes + lacking_bytes + 64 * KIB, tmp_path)
+        assert enough.complete
+        enough.run.close()
