@@ -118,6 +118,7 @@ JOBS: dict[str, tuple[Callable[[], Any], FineTune]] = {
     "recompute": (llama, replace(FULL, recompute=True)),
     "in backward": (llama, replace(FULL, in_backward=True)),
     "lora": (llama, replace(FULL, method="lora", rank=4)),
+    "int4": (llama, replace(FULL, method="lora", rank=4, weight_dtype="int4")),
     "bf16 computed": (llama, replace(FULL, compute_dtype="bfloat16")),
     "narrow state": (llama, replace(FULL, state_dtype="bf16")),
 }
