@@ -35,7 +35,10 @@ FULL = FineTune(batch=2, sequence=16)
 class Real:
     """A run on the emulated device, and what one more step of it moves."""
 
-    def __init__(self, config: Any, job: FineTune, device_bytes: int, folder: Path | None) -> None:
+    def __init__(
+        self, config: Any, job: FineTune, device_bytes: int, folder: Path | None,
+        machine: Machine = MACHINE,
+    ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.model = build(config, job)
         self.optimizer = optimizer_of(self.model)
@@ -45,7 +48,7 @@ class Real:
             self.model, self.optimizer, device="emulated", device_memory=device_bytes,
             host_memory=HOST_BYTES if folder else 8 * MIB, disk=folder, compute_dtype=compute,
             step_in_backward=job.in_backward, state_dtype=job.state_dtype,
-            tuning=tuning(seed=None, residents=True, device_chunk_bytes=None, machine=SLOW_DISK),
+            tuning=tuning(seed=None, residents=True, device_chunk_bytes=None, machine=machine),
         )  # fmt: skip
         self.run: Runtime = offload.runtime(self.model)
         self.step()
@@ -246,7 +249,7 @@ def test_a_gpu_is_counted_as_its_allocator_counts() -> None:
 def test_the_report_says_what_would_let_all_live_there(
     device_bytes: int, disk: bool, tmp_path: Path
 ) -> None:
-    real = Real(llama(), FULL, device_bytes, tmp_path if disk else None)
+    real = Real(llama(), FULL, device_bytes, tmp_path if disk else None, SLOW_DISK)
     device = real.run.parts.device
     assert device is not None
     assert device.residents is not None
