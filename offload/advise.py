@@ -78,14 +78,17 @@ def variants(
     twice = 2 * job.batch
     yield (f"batch {twice} (--batch-size {twice})", Cost.NUMBERS,
            replace(job, batch=twice), budget)  # fmt: skip
-    host = _more_memory(budget, now)
+    host = _more_memory(budget.host_bytes, now.tiers["host"].needed_bytes)
     yield (f"{format_size(host)} of host memory (--host-memory)", Cost.HARDWARE, job,
            replace(budget, host_bytes=host))  # fmt: skip
+    if budget.device_bytes is not None:
+        device = _more_memory(budget.device_bytes, now.tiers["device"].needed_bytes)
+        yield (f"{format_size(device)} of device memory (--device-memory)", Cost.HARDWARE, job,
+               replace(budget, device_bytes=device))  # fmt: skip
 
 
-def _more_memory(budget: Budget, now: Answer) -> int:
+def _more_memory(given: int, needed: int) -> int:
     """What the job needs, a little rounded; or twice as much as there is."""
-    needed = now.tiers["host"].needed_bytes
-    if needed > budget.host_bytes:
+    if needed > given:
         return round_up(int(1.02 * needed), GIB // 64 if needed < GIB else GIB)
-    return 2 * budget.host_bytes
+    return 2 * given

@@ -15,7 +15,6 @@ has hooks, which may write without a trace too, checksums of the homes are compa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,9 +33,8 @@ from offload.tiers.checksum import checksum_of
 from offload.tiers.copy import Copier, LendingHomes, Mark, Upload
 from offload.tiers.home import Backing, Chunk, HomeSpace, Region
 from offload.tiers.lane import Lane, Ticket
+from offload.tiers.layout import neighbours
 from offload.tiers.spec import format_size
-
-_LAYER = re.compile(r"(?:.*?\.)?\d+\.")  # "model.layers.3." of "model.layers.3.mlp.up.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +108,7 @@ class DeviceSpace:
     def add_family(self, family: Family, dtype: torch.dtype, chunk_bytes: int) -> None:
         """Cut a family of parameters into device chunks of about this size, held as ``dtype``."""
         starts, numels = family.layout.starts, family.layout.numels
-        for group in neighbours(family, chunk_bytes // dtype.itemsize):
+        for group in neighbours(family.names, family.layout, chunk_bytes // dtype.itemsize):
             start, stop = starts[group[0]], starts[group[-1]] + numels[group[-1]]
             params = tuple(family.params[i] for i in group)
             size_bytes = self.pool.memory.held_bytes((stop - start) * dtype.itemsize)
@@ -321,29 +319,6 @@ def _copy(copier: Copier, source: Tensor, target: Tensor, mark: Mark, careful: b
 def checksum(flat: Tensor) -> int:
     """Checksum of a flat CPU tensor's bytes."""
     return checksum_of(flat.data_ptr(), flat.nbytes)
-
-
-def neighbours(family: Family, elements: int) -> list[list[int]]:
-    """Runs of parameters that share a frame: of one layer, and together not above ``elements``.
-
-    Layers are cut alike, so that few sizes of frames occur and those are reused. A parameter
-    above the limit has a frame of its own; empty ones need none.
-    """
-    layout = family.layout
-    runs: list[list[int]] = []
-    layer: str | None = None
-    for i, name in enumerate(family.names):
-        if layout.numels[i] == 0:
-            continue
-        found = _LAYER.match(name)
-        mine = found[0] if found else ""
-        end = layout.starts[i] + layout.numels[i]
-        if runs and mine == layer and end - layout.starts[runs[-1][0]] <= elements:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-        layer = mine
-    return runs
 
 
 def frame_dtype(param_dtype: torch.dtype, compute: torch.dtype | None) -> torch.dtype:

@@ -8,6 +8,7 @@ Where chunks are is not asked here (offload/synthesis.py), so one run serves eve
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,12 +51,14 @@ class Event:
 class Step:
     """All events of a step. ``shared``: parameters that several modules hold.
 
-    ``saved_bytes``: what autograd holds at most.
+    ``saved_bytes``: what autograd holds at most. ``largest_result_bytes``: of one operation of the
+    forward pass.
     """
 
     events: list[Event]
     shared: frozenset[str]
     saved_bytes: int
+    largest_result_bytes: int = 0
 
     @property
     def flops(self) -> float:
@@ -84,7 +87,7 @@ def dry_run(draft: Draft) -> Step:
         draft.model.zero_grad(set_to_none=True)
     names = {p: n for n, p in draft.model.named_parameters()}
     shared = frozenset(names[p] for p in shared_params(draft.model))
-    return Step(watch.events, shared, watch.most_bytes)
+    return Step(watch.events, shared, watch.most_bytes, watch.largest_bytes)
 
 
 def _without_cache(model: Any) -> dict[str, Any]:
@@ -94,7 +97,8 @@ def _without_cache(model: Any) -> dict[str, Any]:
     """
     told: dict[str, Any] = {"use_cache": False}
     if not getattr(model.config, "is_encoder_decoder", False):
-        told["past_key_values"] = _no_cache()
+        known = inspect.signature(model.forward).parameters
+        told["cache" if "cache" in known else "past_key_values"] = _no_cache()  # since 5.24
     return told
 
 
@@ -133,6 +137,7 @@ class _Watch(TorchDispatchMode):
         self.events = [Event(backward=False)]  # before the first signal
         self.backward = False
         self.most_bytes = 0
+        self.largest_bytes = 0
         self._model = model
         self._names = {p: n for n, p in model.named_parameters()}
         self._weights = {id(p.untyped_storage()): (n, p.untyped_storage())
@@ -184,7 +189,10 @@ class _Watch(TorchDispatchMode):
         work = _flops(func, args, kwargs, result), float(_bytes(inputs) + _bytes(outputs))
         self.events[-1].work.append(work)
         if allocates(func) and not self.backward:
-            self._see(sum(x.nbytes for x in outputs))
+            result_bytes = sum(x.nbytes for x in outputs)
+            if not grouped or outputs[0].dtype is torch.bfloat16:  # as `AllocationGuard` can tell
+                self.largest_bytes = max(self.largest_bytes, result_bytes)
+            self._see(result_bytes)
         return result
 
     def _see(self, more_bytes: int) -> None:

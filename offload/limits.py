@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from offload.parts import Parts
 from offload.prefetch.bounds import Framed, Limit, framed_bound
+from offload.prefetch.variants import Saving
 from offload.steps import Kind, Track
 
 
@@ -21,6 +22,25 @@ def limit_of_form(parts: Parts, form: str) -> Limit | None:
     """Of one form of inference."""
     above = parts.device.steps.forms.get(form) if parts.device is not None else None
     return _limit(parts, Kind.INFER, parts.steps.forms[form], above)
+
+
+def more_device_memory(parts: Parts, kind: Kind) -> Saving | None:
+    """What device memory would save, at most, in which every weight lived; None: nothing.
+
+    Nothing would cross the bus then and the host would update nothing: what is left is computing.
+    """
+    device, limit = parts.device, limit_of(parts, kind)
+    if device is None or device.residents is None or device.residents.kind is not kind:
+        return None
+    trace = device.steps.tracks[kind].trace
+    if limit is None or trace is None:
+        return None
+    lacking_bytes = device.residents.lacking_bytes(trace)
+    compute_s = sum(m.compute_s for m in trace.moments)
+    saved_s = limit.bound_s - compute_s
+    if lacking_bytes is None or lacking_bytes <= 0 or saved_s <= 0:
+        return None
+    return Saving(lacking_bytes, compute_s, saved_s)
 
 
 def _limit(parts: Parts, kind: Kind, track: Track, above: Track | None) -> Limit | None:

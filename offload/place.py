@@ -30,13 +30,13 @@ from offload.tiers.copy import Copier, CudaCopier, PlainCopier
 from offload.tiers.fake import AdversarialLane
 from offload.tiers.home import Region
 from offload.tiers.lane import Lane, ThreadLane
-from offload.tiers.spec import KIB, MIB, Machine, format_size
+from offload.tiers.layout import choose_frame_bytes
+from offload.tiers.spec import Machine, format_size
 from offload.watch import AllocatorWatch
 
 EMULATED = "emulated"
 DEVICE_SHARE = 0.8  # of free device memory, when no budget is given
 CPU_SHARE = 0.25  # of host_memory, for frames and activations of a compute type on the CPU
-LARGEST_CHUNK_BYTES = 64 * MIB  # of neighbours that share a frame; one tensor may be larger
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -140,7 +140,7 @@ def build_device(
     pinned = host.space.disk is None and copier.pin(_travelled(binding))
     arena = DeviceArena(memory, poison=tuning.poison)
     space = DeviceSpace(arena, _lane("h2d", tuning, 1 + pinned), copier, host)
-    chunk_bytes = tuning.device_chunk_bytes or _chunk_bytes(budget_bytes)
+    chunk_bytes = tuning.device_chunk_bytes or choose_frame_bytes(budget_bytes)
     add_families(space, binding, place.dtype, chunk_bytes)
     engine = DeviceEngine(space, Ledger(budget_bytes, arena, _buffer_bytes(model)))
     planner = _planner(engine, tuning) if tuning.prefetch else None
@@ -218,11 +218,6 @@ def _planner(engine: DeviceEngine, tuning: Tuning) -> Callable[[Trace], Plan]:
                 ) from error  # fmt: skip
 
     return make
-
-
-def _chunk_bytes(budget_bytes: int) -> int:
-    """Small enough that several are in flight, large enough for the bus."""
-    return max(min(budget_bytes // 16, LARGEST_CHUNK_BYTES), 64 * KIB)
 
 
 def _buffer_bytes(model: nn.Module) -> int:

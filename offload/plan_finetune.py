@@ -108,6 +108,7 @@ def to_json(report: Report) -> str:
         "budget": asdict(report.budget),
         "parameters": answer.parameters,
         "trained_parameters": answer.trained,
+        "resident_bytes": answer.resident_bytes,
         "kinds": {name: asdict(held) for name, held in answer.kinds.items()},
         "tiers": {name: asdict(t) | {"spare_bytes": t.spare_bytes}
                   for name, t in answer.tiers.items()},
@@ -195,6 +196,12 @@ def _pace_lines(report: Report) -> list[str]:
         f"{pace.bound_s:.3g} s; what binds: {pace.binding}",
         f"each lane by itself: {lanes}",
     ]
+    if "device" in answer.tiers:
+        lines.append(
+            f"the bus: {format_size(pace.up_bytes)} up and {format_size(pace.down_bytes)} down a "
+            f"step; on the device live {format_size(answer.resident_bytes)} of weights, gradients "
+            "and state, which are updated there"
+        )
     if pace.read_bytes or pace.write_bytes:
         line = (
             f"the disk: {format_size(pace.read_bytes)} read and {format_size(pace.write_bytes)} "

@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from offload import __version__
-from offload.limits import limit_of
+from offload.limits import limit_of, more_device_memory
 from offload.prefetch.bounds import Limit
 from offload.prefetch.variants import Situation
 from offload.record import Follower
@@ -52,6 +52,7 @@ def report_data(run: Runtime, task: str = "", history: History | None = None) ->
     facts = Facts(
         step.step_s if step is not None else None, forecast, limit, _stalls(step),
         _situation(run, follower), _ways(run, kind, tables), framed=parts.device is not None,
+        aboard=more_device_memory(parts, kind),
     )  # fmt: skip
     homes = _homes(tables, step, run)
     return {
@@ -118,10 +119,12 @@ def _situation(run: Runtime, follower: Follower | None) -> Situation | None:
 
 
 def _ways(run: Runtime, kind: Kind, tables: Tables) -> Any:
-    stepper = run.parts.stepper
+    stepper, device = run.parts.stepper, run.parts.device
+    # Weights whose state is narrowed would not live on the device any more.
+    aboard = device is not None and device.residents is not None and device.residents.bytes > 0
     return ways_of(
         kind is Kind.TRAIN and stepper is not None, run.parts.early is not None,
-        stepper is not None and stepper.clips, run.state_dtype is not None, tables,
+        stepper is not None and stepper.clips, aboard or run.state_dtype is not None, tables,
     )  # fmt: skip
 
 

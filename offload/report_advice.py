@@ -11,6 +11,7 @@ from offload.prefetch.plan import Forecast
 from offload.prefetch.trace import Moment
 from offload.prefetch.variants import (
     WORTH_SHARE,
+    Saving,
     Situation,
     less_memory,
     more_memory,
@@ -29,7 +30,8 @@ FAR = 1.3  # times the bound, from where on the reasons are named
 class Facts:
     """What is known of a run when it is judged. ``now``: its trace; None: it is not planned.
 
-    ``how``: what of the update's ways could still be asked for, see `Ways`.
+    ``ways``: what of the update's ways could still be asked for. ``aboard``: what device memory
+    would save in which every weight lived.
     """
 
     step_s: float | None
@@ -39,6 +41,7 @@ class Facts:
     now: Situation | None
     ways: Ways
     framed: bool = False  # weights are copied to be computed with
+    aboard: Saving | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +103,27 @@ def _moves(forecast: Forecast) -> float:
 
 def _advice(facts: Facts, binding: str, ratio: float | None) -> list[str]:
     """What to change, cheapest first."""
-    now, forecast = facts.now, facts.forecast
-    if now is None or forecast is None:
-        return []
+    found: list[str] = []
+    planned = facts.now is not None and facts.forecast is not None
+    if facts.now is not None and facts.forecast is not None:
+        found += _of_the_host(facts, facts.now, facts.forecast)
+    aboard = facts.aboard
+    if aboard is not None and aboard.saved_s > WORTH_SHARE * (aboard.step_s + aboard.saved_s):
+        found.append(
+            f"{format_size(aboard.change_bytes)} more device memory, in which every weight lived, "
+            f"would save up to {aboard.saved_s:.2g} s a step"
+        )
+    if planned and ratio is not None and ratio > FAR and facts.stalls_s:
+        cause = max(facts.stalls_s, key=lambda c: facts.stalls_s[c])
+        found.append(
+            f"the step is far from its bound; the largest part of what is missing is "
+            f"{CAUSES.get(cause, cause)}, {facts.stalls_s[cause]:.3g} s"
+        )
+    return found
+
+
+def _of_the_host(facts: Facts, now: Situation, forecast: Forecast) -> list[str]:
+    """What concerns the host and its disk."""
     found: list[str] = []
     if _moves(forecast):
         found += _same_numbers(facts, now, forecast)
@@ -113,12 +134,6 @@ def _advice(facts: Facts, binding: str, ratio: float | None) -> list[str]:
         found.append(
             f"{format_size(-saving.change_bytes)} less host memory would cost nothing "
             f"(predicted {saving.step_s:.3g} s a step)"
-        )
-    if ratio is not None and ratio > FAR and facts.stalls_s:
-        cause = max(facts.stalls_s, key=lambda c: facts.stalls_s[c])
-        found.append(
-            f"the step is far from its bound; the largest part of what is missing is "
-            f"{CAUSES.get(cause, cause)}, {facts.stalls_s[cause]:.3g} s"
         )
     return found
 

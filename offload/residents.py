@@ -27,12 +27,16 @@ from offload.homing import copy_into, copy_out
 from offload.internals import storage_lives
 from offload.ledger import Ledger
 from offload.optim.mirror import OptimizerProfile
-from offload.prefetch.resident import Offer, choose_residents
+from offload.prefetch.resident import (
+    UPDATE_BYTES,
+    Offer,
+    Rates,
+    choose_residents,
+    offer_of,
+    update_s,
+)
 from offload.prefetch.trace import Trace
 from offload.steps import Kind
-from offload.update import RESIDENT_GROUP_ELEMENTS
-
-UPDATE_BYTES = 3 * 4 * RESIDENT_GROUP_ELEMENTS  # temporaries of an update on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +108,6 @@ class Converted:
         self._made.clear()
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """``up_bytes_per_s``: of a copy to the device; ``update_s``: of one element on the host."""
-
-    up_bytes_per_s: float
-    update_s: float
-
-
 class Residents:
     """Decides which chunks of the device level live there, and moves them.
 
@@ -174,7 +170,9 @@ class Residents:
         if self._seen is trace or self.chunks or self._crowded_out:
             return
         self._seen = trace
-        rates = Rates(up_bytes_per_s, self._update_s(host))
+        homes = self._levels.binding.homes.values()
+        elements = sum(h.param.numel() for h in homes if h.family.trained)
+        rates = Rates(up_bytes_per_s, update_s(host, elements))
         aside_bytes = UPDATE_BYTES if self._trained and self._place.type == "cuda" else 0
         offers = [self._offer(c.id, trace, rates) for c in self._levels.space.chunks]
         capacity_bytes = self._levels.ledger.capacity_bytes
@@ -187,28 +185,34 @@ class Residents:
         if self.chunks:
             self._settle()
 
-    def _update_s(self, host: Trace | None) -> float:
-        """Seconds of an update on the host, for each element, as a recorded step took them."""
-        homes = self._levels.binding.homes.values()
-        elements = sum(h.param.numel() for h in homes if h.family.trained)
-        moments = host.moments if host is not None else ()
-        return sum(m.compute_s for m in moments if m.phase.updates) / max(elements, 1)
+    def lacking_bytes(self, trace: Trace) -> int | None:
+        """What the device lacks for every weight to live here; None: some never may.
+
+        ``trace``: a step with those that do.
+        """
+        chunks = [c.id for c in self._levels.space.chunks if c.id not in self.chunks]
+        if not all(self._may_come(c) for c in chunks):
+            return None
+        cost_bytes = sum(self._cost_bytes(p) for c in chunks for p in self._params(c))
+        other_bytes = max((m.other_bytes for m in trace.moments), default=0)
+        return cost_bytes + other_bytes - self._levels.ledger.capacity_bytes
+
+    def _params(self, chunk: int) -> tuple[nn.Parameter, ...]:
+        return self._levels.space.params_of(chunk)
+
+    def _trains(self, chunk: int) -> list[nn.Parameter]:
+        homes = self._levels.binding.homes
+        return [p for p in self._params(chunk) if homes[p].family.trained]
+
+    def _may_come(self, chunk: int) -> bool:
+        return not self._trains(chunk) or (self._trained is not None and self._trained.offers)
 
     def _offer(self, chunk: int, trace: Trace, rates: Rates) -> Offer | None:
-        params = self._levels.space.params_of(chunk)
-        trains = [p for p in params if self._levels.binding.homes[p].family.trained]
-        if any(p.grad is not None for p in params):
+        params, trains = self._params(chunk), self._trains(chunk)
+        if any(p.grad is not None for p in params) or not self._may_come(chunk):
             return None
-        if trains and (self._trained is None or not self._trained.offers):
-            return None
-        frame_bytes = self._levels.space.chunks[chunk].size_bytes
-        passes = len({m.phase for m in trace.moments if any(n.chunk == chunk for n in m.needs)})
         cost_bytes = sum(self._cost_bytes(p) for p in params)
-        spared_s = passes * frame_bytes / rates.up_bytes_per_s
-        if trains:
-            elements = sum(p.numel() for p in trains)
-            spared_s += frame_bytes / rates.up_bytes_per_s + elements * rates.update_s
-        return Offer(chunk, cost_bytes, spared_s)
+        return offer_of(trace, chunk, cost_bytes, sum(p.numel() for p in trains), rates)
 
     def _cost_bytes(self, param: nn.Parameter) -> int:
         held_bytes = self._levels.space.pool.memory.held_bytes

@@ -36,11 +36,13 @@ class Pace(Protocol):
 class Setting:
     """``in_backward``: chunks are updated as soon as their gradients are there. ``on_device``:
     activations are, so that only gradients on their way home are the host's.
-    ``coding_s_per_byte``: for each stored byte of state, beyond what the pace says."""
+    ``coding_s_per_byte``: for each stored byte of state, beyond what the pace says.
+    ``residents``: parameters that live on the device: the host never sees them."""
 
     in_backward: bool = False
     on_device: bool = False
     coding_s_per_byte: float = 0.0
+    residents: frozenset[str] = frozenset()
 
 
 def synthesise(step: Step, where: Outline, pace: Pace, setting: Setting) -> Trace:
@@ -96,13 +98,13 @@ class _Writer:
         self._sizes = where.sizes()
         self._open: _Open | None = None
         self._last: tuple[Need, ...] = ()
-        self._gradients = _Gradients(step, where, setting.in_backward)
+        self._gradients = _Gradients(step, where, setting)
 
     def take(self, event: Event) -> None:
         """One event, and the work behind it."""
         if event.ends_forward:
             self._last = ()
-        if event.gradient is not None:
+        if event.gradient is not None and event.gradient not in self._setting.residents:
             self._arrive(event)
         elif event.needs and (self._setting.on_device or not event.lookup):
             self._use(event)
@@ -117,7 +119,7 @@ class _Writer:
         for f, family in enumerate(self._where.families):
             for c in range(family.weights.layout.chunks if family.trained else 0):
                 if self._gradients.waiting(f, c):
-                    self._step(Phase.UPDATE, _group(family, c))
+                    self._step(Phase.UPDATE, _group(family, c), self._gradients.share(f, c))
         self._close()
 
     # -- moments ----------------------------------------------------------------------------
@@ -158,7 +160,10 @@ class _Writer:
     # -- events -----------------------------------------------------------------------------
 
     def _use(self, event: Event) -> None:
-        chunks = sorted({c for span in event.needs for c in self._chunks(span)})
+        spans = [span for span in event.needs if span[0] not in self._setting.residents]
+        if not spans:
+            return
+        chunks = sorted({c for span in spans for c in self._chunks(span)})
         phase = Phase.BACKWARD if event.backward else Phase.FORWARD
         self._need(phase, tuple(Need(c, Access.READ) for c in chunks))
         if event.backward:
@@ -182,38 +187,42 @@ class _Writer:
             self._need(Phase.BACKWARD, group)
             self._works(self._pace.work_s(Phase.BACKWARD, [(0.0, 2.0 * size_bytes)]))
         for f, c in grads.arrive(name):
-            self._step(Phase.EARLY, _group(self._where.families[f], c, gradients=False))
+            group = _group(self._where.families[f], c, gradients=False)
+            self._step(Phase.EARLY, group, grads.share(f, c))
             grads.stepped(f, c)
         self._see(event.other_bytes)
 
-    def _step(self, phase: Phase, needs: tuple[Need, ...]) -> None:
+    def _step(self, phase: Phase, needs: tuple[Need, ...], share: float) -> None:
+        """``share``: of the chunk, that is updated here."""
         self._need(phase, needs)
         # What is changed is read and written; a gradient is read wherever it is.
         weights = self._sizes[needs[0].chunk]
         moved = sum(self._sizes[n.chunk] * (2 if n.access is Access.WRITE else 1) for n in needs)
         moved += weights if phase is Phase.EARLY else 0
         state = sum(self._sizes[n.chunk] for n in needs[1:] if n.access is Access.WRITE)
-        self._works(self._pace.update_s(phase, moved) + self._setting.coding_s_per_byte * state)
+        update_s = self._pace.update_s(phase, moved) + self._setting.coding_s_per_byte * state
+        self._works(update_s * share)
 
 
 class _Gradients:
     """Gradients in flight, at home, and what waits for them."""
 
-    def __init__(self, step: Step, where: Outline, in_backward: bool) -> None:
+    def __init__(self, step: Step, where: Outline, setting: Setting) -> None:
         self.activation_bytes = 0
         self._where = where
-        self._in_backward = in_backward
+        self._in_backward = setting.in_backward
+        self._residents = setting.residents
         self._flying: dict[str, int] = {}
         self._at_home: defaultdict[int, set[str]] = defaultdict(set)
         self._arrived: set[str] = set()
         self._shared = {
-            c: name for name in sorted(step.shared) if self._family(name).trained
-            for c in self._weight_chunks(name)
+            c: name for name in sorted(step.shared - setting.residents)
+            if self._family(name).trained for c in self._weight_chunks(name)
         }  # fmt: skip
         self._groups = _Groups()
         for f, family in enumerate(where.families):
             for c in range(family.weights.layout.chunks if family.trained else 0):
-                names = {family.names[p.tensor] for p in family.weights.layout.pieces(c)}
+                names = self._names(f, c)
                 self._groups.missing[f, c] = set(names)
                 for name in names:
                     self._groups.of[name].append((f, c))
@@ -267,20 +276,30 @@ class _Gradients:
 
     def stepped(self, f: int, c: int) -> None:
         """Gradients of which this was the last group are used up."""
-        family = self._where.families[f]
-        for piece in family.weights.layout.pieces(c):
-            name = family.names[piece.tensor]
+        for name in self._names(f, c):
             self._groups.left[name] -= 1
             if not self._groups.left[name]:
                 self._flying.pop(name, None)
 
     def waiting(self, f: int, c: int) -> bool:
         """Whether a chunk has gradients that no update has used."""
-        family = self._where.families[f]
-        names = {family.names[p.tensor] for p in family.weights.layout.pieces(c)}
+        names = self._names(f, c)
         if self._in_backward:
             return bool(names & self._arrived) and bool(self._groups.missing[f, c])
         return bool(names & self._arrived)
+
+    def share(self, f: int, c: int) -> float:
+        """What of a chunk is updated on the host."""
+        family, homed = self._where.families[f], self._names(f, c)
+        pieces = [(p.stop - p.start, family.names[p.tensor] in homed)
+                  for p in family.weights.layout.pieces(c)]  # fmt: skip
+        return sum(n for n, here in pieces if here) / max(sum(n for n, _ in pieces), 1)
+
+    def _names(self, f: int, c: int) -> set[str]:
+        """Parameters in a chunk that the host updates."""
+        family = self._where.families[f]
+        names = {family.names[p.tensor] for p in family.weights.layout.pieces(c)}
+        return names - self._residents
 
     def _family(self, name: str) -> Members:
         return self._where.families[self._where.place[name][0]]

@@ -13,13 +13,13 @@ from offload.engine import Engine
 from offload.optim.mirror import OptimizerProfile
 from offload.optim.mixed import Mixed
 from offload.optim.state import Segment, UpdateGroup
+from offload.prefetch.resident import GROUP_ELEMENTS
 from offload.prefetch.trace import Access, Need, Phase
 from offload.tape import Mark
 from offload.tiers import vm
 from offload.tiers.home import Backing, Region
 
 _Group = tuple[tuple[Segment, ...], tuple[Need, ...]]  # what is stepped together, and its chunks
-RESIDENT_GROUP_ELEMENTS = 1 << 24  # on the device: few calls, temporaries of 64 MiB each
 
 
 class UpdateStore:
@@ -196,13 +196,13 @@ def _on_device(
     for param in params:
         numel = param.numel()
         cuts = profile.params[param].elementwise and param.is_contiguous()
-        step = RESIDENT_GROUP_ELEMENTS if cuts else max(numel, 1)
+        step = GROUP_ELEMENTS if cuts else max(numel, 1)
         for start in range(0, numel, step):
             segment = Segment(param, start, min(start + step, numel))
             size = segment.stop - segment.start
             if room < size or not groups:
                 groups.append([])
-                room = RESIDENT_GROUP_ELEMENTS
+                room = GROUP_ELEMENTS
             groups[-1].append(segment)
             room -= size
     return [tuple(group) for group in groups]

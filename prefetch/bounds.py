@@ -42,6 +42,15 @@ class Drive(NamedTuple):
     spare_s: float = 0.0
 
 
+class Pass(NamedTuple):
+    """One forward or backward pass on a device. Seconds of copies up, and of computing."""
+
+    phase: Phase
+    up_bytes: float
+    up_s: float
+    work_s: float
+
+
 IDLE = Drive()
 
 
@@ -98,7 +107,7 @@ def framed_bound(drive: Drive, host: Trace, device: Framed) -> Limit:
     update_s = _compute_s(host, (Phase.UPDATE,))
     forward, backward = {"compute": 0.0, "link": 0.0}, {"compute": 0.0, "link": 0.0}
     up_s = compute_s = 0.0
-    for phase, link_s, work_s in _passes(device):
+    for phase, _, link_s, work_s in passes_of(device):
         up_s, compute_s = up_s + link_s, compute_s + work_s
         group = backward if phase.in_backward else forward
         group["link" if link_s > work_s else "compute"] += max(link_s, work_s)
@@ -138,8 +147,8 @@ def _limit(
     return Limit(sum(map(max, best, floor_s)), max(drive.whole_s, *wires.values()), binding)
 
 
-def _passes(device: Framed) -> Iterator[tuple[Phase, float, float]]:
-    """Each pass: which way, seconds of copies up, seconds of computing."""
+def passes_of(device: Framed) -> Iterator[Pass]:
+    """Each pass of a step on a device."""
     trace = device.trace
     ways = groupby(trace.moments, key=lambda m: m.phase.in_backward and not device.kept)
     found = [list(moments) for _, moments in ways]
@@ -149,7 +158,7 @@ def _passes(device: Framed) -> Iterator[tuple[Phase, float, float]]:
     for moments, chunks in zip(found, touched, strict=True):
         up_bytes = again * sum(device.up_bytes[c] for c in chunks)
         link_s = up_bytes / device.up_bytes_per_s if device.up_bytes_per_s else 0.0
-        yield moments[-1].phase, link_s, _sum_s(moments)
+        yield Pass(moments[-1].phase, up_bytes, link_s, _sum_s(moments))
 
 
 def _compute_s(trace: Trace, phases: Sequence[Phase]) -> float:

@@ -13,7 +13,19 @@ from dataclasses import dataclass
 
 from offload.prefetch.trace import Trace
 
+# Weights that live on the device are updated in groups of so many elements: few calls, temporaries
+# of 64 MiB each.
+GROUP_ELEMENTS = 1 << 24
+UPDATE_BYTES = 3 * 4 * GROUP_ELEMENTS  # temporaries of one such group
 _GOLDEN = 0.6180339887498949  # its multiples are spread evenly over [0, 1), however many there are
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """``up_bytes_per_s``: of a copy to the device; ``update_s``: of one element on the host."""
+
+    up_bytes_per_s: float
+    update_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +39,27 @@ class Offer:
     chunk: int
     cost_bytes: int
     spared_s: float
+
+
+def offer_of(
+    trace: Trace, chunk: int, cost_bytes: int, trained_elements: int, rates: Rates
+) -> Offer:
+    """What a chunk would spare: a copy up for each pass that needs it and, where any of it is
+    trained, its gradients' way down and its update on the host.
+    """
+    passes = len({m.phase for m in trace.moments if any(n.chunk == chunk for n in m.needs)})
+    copies = passes + (1 if trained_elements else 0)
+    spared_s = copies * trace.chunk_bytes[chunk] / rates.up_bytes_per_s
+    return Offer(chunk, cost_bytes, spared_s + trained_elements * rates.update_s)
+
+
+def update_s(host: Trace | None, elements: int) -> float:
+    """Seconds of an update on the host, for each of so many elements; 0: not known.
+
+    ``host``: a step as the host saw it.
+    """
+    moments = host.moments if host is not None else ()
+    return sum(m.compute_s for m in moments if m.phase.updates) / max(elements, 1)
 
 
 def choose_residents(

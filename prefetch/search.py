@@ -147,6 +147,7 @@ def held_lines(problem: Problem, candidate: Candidate) -> dict[str, Line]:
         lines["disk"][-1] = weights.lookup_bytes
     else:
         lines["host"][-1] += weights.lookup_bytes
+        lines["host"][0] = weights.pass_bytes  # what is on the device keeps its home
     return lines
 
 

@@ -159,7 +159,8 @@ ASKED = ["plan", "--task", "finetune", "--machine", "rtx4090-64gb-gen4", "--seq-
 def test_the_command_is_for_people_and_scripts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = [*ASKED, "--model", a_model(tmp_path, num_hidden_layers=2), "--host-memory", "16MiB"]
+    asked = [*ASKED, "--model", a_model(tmp_path, num_hidden_layers=2), "--host-memory", "16MiB",
+             "--device-memory", "16MiB"]  # fmt: skip
     assert run(monkeypatch, *asked, "--json") == 0
     said = json.loads(capsys.readouterr().out)
     assert said["fits"] is True

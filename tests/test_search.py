@@ -145,6 +145,13 @@ def test_a_device_is_used() -> None:
     assert all_there.times.binding == "device"
 
 
+def test_what_is_on_a_device_keeps_its_home_on_the_host_where_there_is_no_disk() -> None:
+    asked = with_device(90 * MIB, 800 * MIB)
+    for host_mib, fits in ((90, False), (150, True)):
+        budget = replace(asked.budget, host_bytes=host_mib * MIB, disk_bytes=0)
+        assert (found_or_none(replace(asked, budget=budget)) is not None) is fits
+
+
 def test_many_rows_share_a_reading() -> None:
     one, many = (search(problem(90 * MIB, work=Workload(n, 8, 32))) for n in (1, 16))
     assert one.times.binding == "disk"

@@ -21,7 +21,7 @@ from torch import Tensor
 from offload.tiers import vm
 from offload.tiers.checksum import checksum_of
 from offload.tiers.frames import POISON_BYTE, Frame, FramePool
-from offload.tiers.spec import MIB, round_up
+from offload.tiers.layout import allocated_bytes
 
 
 class _Token:
@@ -152,9 +152,7 @@ class CudaMemory:
         self._events: dict[int, torch.cuda.Event] = {}
 
     def held_bytes(self, size_bytes: int) -> int:
-        # As torch's allocator counts: blocks of 512 bytes, and of whole segments of 2 MiB where it
-        # would not split off the rest. So the account is the allocator's, and sizes are fewer.
-        return round_up(size_bytes, 512 if size_bytes <= MIB else 2 * MIB)
+        return allocated_bytes(size_bytes)  # so sizes are fewer, too
 
     def allocate(self, size_bytes: int) -> int:
         try:

@@ -10,15 +10,18 @@ one mirrors the chunks of the others: an elementwise update needs chunk i of eac
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from offload.tiers.spec import MIB, round_up
+from offload.tiers.spec import KIB, MIB, round_up
 
+LARGEST_FRAME_BYTES = 64 * MIB  # of neighbours that share a frame; one tensor may be larger
 ALIGN_ELEMENTS = 64
 PAGE_ELEMENTS = 4096  # any itemsize then gives whole 4 KiB pages
+_LAYER = re.compile(r"(?:.*?\.)?\d+\.")  # "model.layers.3." of "model.layers.3.mlp.up.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,3 +120,41 @@ def choose_chunk_bytes(budget_bytes: int, copies: int) -> int:
     while size > 16384 and size > limit:
         size //= 2
     return size
+
+
+def choose_frame_bytes(budget_bytes: int) -> int:
+    """How much neighbours that share a frame on the device take together at most.
+
+    Small enough that several are in flight, large enough for the bus.
+    """
+    return max(min(budget_bytes // 16, LARGEST_FRAME_BYTES), 64 * KIB)
+
+
+def allocated_bytes(size_bytes: int) -> int:
+    """What torch's CUDA allocator takes for a tensor, so that our account is its own.
+
+    Blocks of 512 bytes, and of whole segments of 2 MiB where it would not split off the rest.
+    """
+    return round_up(size_bytes, 512 if size_bytes <= MIB else 2 * MIB)
+
+
+def neighbours(names: Sequence[str], layout: Layout, elements: int) -> list[list[int]]:
+    """Runs of parameters that share a frame: of one layer, and together not above ``elements``.
+
+    Layers are cut alike, so that few sizes of frames occur and those are reused. A parameter
+    above the limit has a frame of its own; empty ones need none.
+    """
+    runs: list[list[int]] = []
+    layer: str | None = None
+    for i, name in enumerate(names):
+        if layout.numels[i] == 0:
+            continue
+        found = _LAYER.match(name)
+        mine = found[0] if found else ""
+        end = layout.starts[i] + layout.numels[i]
+        if runs and mine == layer and end - layout.starts[runs[-1][0]] <= elements:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+        layer = mine
+    return runs
