@@ -20,6 +20,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import offload
+from offload.cachename import cache_name
 from offload.tiers.probe import cached_probe
 from offload.tiers.spec import MIB
 
@@ -39,7 +40,7 @@ def step_s(model: Any, cache: Any, rows: int) -> float:
     """Seconds of one token for every row."""
     began_s = time.perf_counter()
     with torch.no_grad():
-        model(torch.ones(rows, 1, dtype=torch.long), past_key_values=cache)
+        model(torch.ones(rows, 1, dtype=torch.long), **{cache_name(model.forward): cache})
     return time.perf_counter() - began_s
 
 

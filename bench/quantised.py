@@ -34,6 +34,7 @@ from record import append
 from torch import nn
 
 import offload
+from offload.cachename import cache_name
 from offload.config import Tuning
 from offload.groupwise import FORMATS, Scratch, pack
 from offload.quantised import BLOCK_ELEMENTS, quantise
@@ -105,13 +106,14 @@ def decode(way: str, budget_bytes: int, disk: Path, tokens: int) -> None:
         model, None, host_memory=budget_bytes, disk=disk,
         weight_dtype=None if way == "bf16" else way,
     )  # fmt: skip
+    name = cache_name(model.forward)
     ids, cache, taken_s, read, own = torch.tensor([[1]]), None, [], [], []
     with offload.runtime(model) as run:
         meter = run.parts.engine.space.lanes["read"].meter
         for _ in range(tokens):
             began_s, before = time.perf_counter(), meter.moved_bytes
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            out = model(input_ids=ids, **{name: cache}, use_cache=True)
+            ids, cache = out.logits[:, -1:].argmax(-1), getattr(out, name)
             taken_s.append(time.perf_counter() - began_s)
             read.append(meter.moved_bytes - before)
             tape = run.parts.steps.tracks[Kind.INFER].tape

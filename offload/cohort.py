@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload.cachename import OLD, cache_name
 from offload.calls import Call
 from offload.errors import OffloadError
 
@@ -25,13 +26,15 @@ class Dialect:
     position_ids: bool
     logits_to_keep: bool
     start: int | None = None
+    cache: str = OLD  # its argument
 
     @classmethod
     def of(cls, model: Any) -> Dialect:
         """Read from its signature and configuration. Raises OffloadError."""
         names = inspect.signature(model.forward).parameters
         start = start_token(model) if model.config.is_encoder_decoder else None
-        return cls("position_ids" in names, "logits_to_keep" in names, start)
+        cache = cache_name(model.forward)
+        return cls("position_ids" in names, "logits_to_keep" in names, start, cache)
 
     @property
     def pads(self) -> bool:
@@ -80,16 +83,13 @@ class Cohort:
 
     def forward(self, model: nn.Module) -> Tensor:
         """Logits [rows, vocabulary] after the last token of each row."""
-        told: dict[str, Any] = {}
+        told: dict[str, Any] = {self._dialect.cache: self.cache}
         if self._dialect.position_ids:
             positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
             told["position_ids"] = positions[:, -self._next.shape[1] :]
         if self._dialect.logits_to_keep:
             told["logits_to_keep"] = 1
-        output = model(
-            input_ids=self._next, attention_mask=self._mask, past_key_values=self.cache,
-            use_cache=True, **told,
-        )  # fmt: skip
+        output = model(input_ids=self._next, attention_mask=self._mask, use_cache=True, **told)
         logits: Tensor = output.logits
         return logits[:, -1]
 
@@ -151,8 +151,8 @@ class EncodedCohort(Cohort):
 
         output = model(
             encoder_outputs=BaseModelOutput(last_hidden_state=self._encoded),
-            attention_mask=self._mask, decoder_input_ids=self._next, past_key_values=self.cache,
-            use_cache=True,
+            attention_mask=self._mask, decoder_input_ids=self._next, use_cache=True,
+            **{self._dialect.cache: self.cache},
         )  # fmt: skip
         logits: Tensor = output.logits
         return logits[:, -1]

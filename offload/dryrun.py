@@ -8,7 +8,6 @@ Where chunks are is not asked here (offload/synthesis.py), so one run serves eve
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from offload.blueprint import Draft
+from offload.cachename import cache_name
 from offload.errors import OffloadError
 from offload.gradients import shared_params
 from offload.guard import allocates
@@ -97,8 +97,7 @@ def _without_cache(model: Any) -> dict[str, Any]:
     """
     told: dict[str, Any] = {"use_cache": False}
     if not getattr(model.config, "is_encoder_decoder", False):
-        known = inspect.signature(model.forward).parameters
-        told["cache" if "cache" in known else "past_key_values"] = _no_cache()  # since 5.24
+        told[cache_name(model.forward)] = _no_cache()
     return told
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from offload.errors import BudgetError, OffloadError, SpillError
 from offload.tiers.spec import KIB, MIB
+from tests.caching import given
 
 if TYPE_CHECKING:
     from offload.run import Runtime
@@ -81,10 +82,9 @@ def generate(model: Any, cache: Any = None, rows: int = ROWS, new: int = NEW, **
     ids = torch.randint(1, 96, (rows, PROMPT), generator=generator)
     mask = torch.ones_like(ids)
     mask[: rows // 2, :5] = 0
-    caching = {} if cache is None else {"past_key_values": cache}
     out = model.generate(
         ids * mask, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
-        output_logits=True, return_dict_in_generate=True, **caching, **how,
+        output_logits=True, return_dict_in_generate=True, **given(model, cache), **how,
     )  # fmt: skip
     return out.sequences, torch.stack(out.logits)
 
@@ -166,7 +166,7 @@ def test_several_caches_in_turns(manage: Manager) -> None:
     for _ in range(5):  # token by token
         for cache, rows in zip(caches, (2, 4, 6), strict=True):
             with torch.no_grad():
-                run.model(torch.ones(rows, 1, dtype=torch.long), past_key_values=cache)
+                run.model(torch.ones(rows, 1, dtype=torch.long), **given(run.model, cache))
     now = stats(caches[0])
     assert now["ahead_reads"] - told["ahead_reads"] > 10 * (
         now["demand_reads"] - told["demand_reads"]
@@ -192,7 +192,7 @@ def test_assisted_decoding_crops(manage: Manager) -> None:
     model = build()
     run = manage(model, host_bytes=MIB)
     cache = run.kv_cache(memory=36 * KIB, block_tokens=8)
-    assert torch.equal(model.generate(ids, past_key_values=cache, **how), expected)
+    assert torch.equal(model.generate(ids, **given(model, cache), **how), expected)
     assert stats(cache)["written_bytes"] > 0
     close(run, cache)
 
@@ -358,17 +358,17 @@ def test_corrupt_blocks_are_noticed(manage: Manager) -> None:
 def generate_more(run: Runtime, cache: Any, tokens: int = 2) -> None:
     with torch.no_grad():
         for _ in range(tokens):
-            run.model(torch.ones(ROWS, 1, dtype=torch.long), past_key_values=cache)
+            run.model(torch.ones(ROWS, 1, dtype=torch.long), **given(run.model, cache))
 
 
 def test_refusals(manage: Manager) -> None:
     run = manage(build(), host_bytes=MIB)
     cache = run.kv_cache(block_tokens=8)
     with pytest.raises(OffloadError, match="no_grad"):
-        run.model(torch.ones(2, 3, dtype=torch.long), past_key_values=cache)
+        run.model(torch.ones(2, 3, dtype=torch.long), **given(run.model, cache))
     generate(run.model, cache)
     with pytest.raises(OffloadError, match="another batch"), torch.no_grad():
-        run.model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+        run.model(torch.ones(1, 1, dtype=torch.long), **given(run.model, cache))
     with pytest.raises(OffloadError, match="int4, int2"):
         run.kv_cache(kv_dtype="int3")
     with pytest.raises(OffloadError, match="open KV caches share"):

@@ -17,6 +17,7 @@ from offload.places import BlockPlan
 from offload.settings import InputError
 from offload.tiers.spec import KIB, MIB
 from tests import fakecuda
+from tests.caching import given
 from tests.framed import Watched, tuning
 from tests.test_kv import FAMILIES, MEMORY_KIB, PROMPT, ROWS, build, generate, same
 from tests.test_throughput_kv import build as build_mha
@@ -86,7 +87,7 @@ def test_several_new_tokens(tmp_path: Path, family: str) -> None:
     expected = build(FAMILIES[family]).generate(ids, **how)
     watched = wrapped(tmp_path, family)
     cache = open_cache(watched, family, attention="host")
-    assert torch.equal(watched.model.generate(ids, past_key_values=cache, **how), expected)
+    assert torch.equal(watched.model.generate(ids, **given(watched.model, cache), **how), expected)
     assert told(watched)["host_attentions"] > 20
     assert (told(watched)["device_attentions"] > 0) == (family == "llama")
     end(watched, cache)
@@ -166,7 +167,7 @@ def test_attention_of_the_users_own_is_left_alone_and_that_is_said(
     ids = torch.ones(ROWS, PROMPT, dtype=torch.long)
     with torch.no_grad():
         for _ in range(3):
-            watched.model(ids[:, :1], past_key_values=cache)
+            watched.model(ids[:, :1], **given(watched.model, cache))
     assert watched.model.config._attn_implementation == "mine"
     assert told(watched)["host_attentions"] == 0
     assert told(watched)["device_attentions"] == 2 * 4
