@@ -68,7 +68,8 @@ def _kept_at(config: Any, weight_dtype: str | None, folder: Path, machine: Machi
 
 
 def calibrate(config: Any, weight_dtype: str | None, folder: Path, machine: Machine) -> Compute:
-    """Measure; some fifteen seconds. Needs memory for some layers twice: 192 MiB of them, or two.
+    """Measure; some fifteen seconds. Needs memory for some layers, 192 MiB of them or two, and half
+    as much again.
 
     ``machine``: the rates of the disk under ``folder``, where 256 MiB are read, or as much as the
     layers have. Raises DiskFull and SpillError.
@@ -84,8 +85,9 @@ def calibrate(config: Any, weight_dtype: str | None, folder: Path, machine: Mach
         chunk_bytes = choose_chunk_bytes(weights.pass_bytes // 4, 2)
         tuning = Tuning(chunk_bytes=chunk_bytes, machine=machine, keep_hooks=True)
         added = handling(
-            model, _sample(config, weight_dtype), lambda m: _run(m, 1), folder, tuning, shared[0]
-        )
+            model, lambda: _sample(config, weight_dtype), lambda m: _run(m, 1), folder, tuning,
+            shared[0],
+        )  # fmt: skip
         products[1] = added.plain_s / elements
         return Compute(
             tuple(products.items()), attend_rate(getattr(torch, stored)), *shared,
@@ -107,13 +109,12 @@ def few_layers(config: Any, layers: int) -> Any:
 def sample_bytes(config: Any, weight_dtype: str | None) -> int:
     """What `calibrate` holds of layers, at most.
 
-    Two samples; or, of codes, the weights that they are made from beside both.
+    A sample, and half of a managed one; codes beside the weights that they are made from.
     """
-    plain = read_shape(config, weight_type(config, None)).weights
-    coded = weight_dtype in ("int4", "int8")
-    made_bytes = read_shape(config, weight_dtype).weights.layer_bytes if coded else 0
-    each_bytes = plain.layer_bytes + (2 * made_bytes if coded else plain.layer_bytes)
-    return _sample_layers(config) * each_bytes
+    plain_bytes = (
+        _sample_layers(config) * read_shape(config, weight_type(config, None)).weights.layer_bytes
+    )
+    return 2 * plain_bytes if weight_dtype in ("int4", "int8") else plain_bytes * 3 // 2
 
 
 def _sample_layers(config: Any) -> int:

@@ -76,15 +76,16 @@ class Stopwatch:
 
 
 def handling(
-    plain: nn.Module, managed: nn.Module, once: Callable[[nn.Module], object],
+    plain: nn.Module, factory: Callable[[], nn.Module], once: Callable[[nn.Module], object],
     folder: Path, tuning: Tuning, drag: float,
 ) -> Handling:  # fmt: skip
-    """Of two like samples of layers, one of which is managed from here on: of no further use.
+    """Of a sample of layers, and of one like it, which is managed and never whole in memory.
 
-    ``once``: a pass of one token. ``tuning``: chunks like the run's, rates of the disk. ``drag``:
-    as in `Compute`: the formula has that already. Raises SpillError where ``folder`` has no room.
+    ``factory`` makes the other. ``once``: a pass of one token. ``tuning``: chunks like the run's,
+    rates of the disk. ``drag``: as in `Compute`: the formula has that already. Raises SpillError
+    where ``folder`` has no room.
     """
-    from offload.api import wrap
+    from offload.api import init
     from offload.handle import runtime
 
     watch = Stopwatch(layers_of(plain))
@@ -95,8 +96,8 @@ def handling(
 
     alone_s = statistics.median(plain_s() for _ in range(3))
     passes = SETTLED + min(max(int(WITHIN_S / (3 * alone_s)), LEAST), MOST)
-    inside = Stopwatch(layers_of(managed))  # its hooks stand before and behind the engine's
-    wrap(managed, None, host_memory=_budget_bytes(managed), disk=folder, tuning=tuning)
+    managed = init(factory, host_memory=_budget_bytes(plain), disk=folder, tuning=tuning)
+    inside = Stopwatch(layers_of(managed))
     with runtime(managed) as run:
         found = _generated(run, passes, inside, plain_s)
     assert tuning.machine is not None

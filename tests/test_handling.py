@@ -48,11 +48,11 @@ def test_a_sample_is_managed_and_weights_come_and_go(
 
     monkeypatch.setattr(module, "beside", note)
     asked = config()
-    samples = [model_of(calibration.few_layers(asked, 12), "float32") for _ in "ab"]
+    few = calibration.few_layers(asked, 12)
     tuning = Tuning(chunk_bytes=4 * CHUNK_BYTES, machine=MACHINE, keep_hooks=True)
     found = handling(
-        samples[0].eval(), samples[1].eval(), lambda m: calibration._run(m, 1), tmp_path, tuning,
-        drag=0.5,
+        model_of(few, "float32").eval(), lambda: model_of(few, "float32").eval(),
+        lambda m: calibration._run(m, 1), tmp_path, tuning, drag=0.5,
     )  # fmt: skip
     assert module.LEAST <= len(seen) <= module.MOST
     assert min(p.read_bytes for p in seen) > 0
