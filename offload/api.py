@@ -219,7 +219,8 @@ def _quantise_in_place(
     total = sum(size for size, _ in sizes)
     if given.disk is None and total > given.budget.host_bytes:
         raise too_small(given, total, f"a model of {form.name} weights")
-    refuse_without_room(sizes, given, choose_chunk_bytes(given.budget.host_bytes, 2), 2)
+    room_bytes = given.budget.host_bytes // (1 if optimizer is not None else 2)
+    refuse_without_room(sizes, given, choose_chunk_bytes(room_bytes, 2), 2)  # as `choose_chunks`
     quantise(model, form, optimizer, lambda s: torch.empty(s, dtype=torch.uint8), _say)
 
 

@@ -2,8 +2,7 @@
 
 They run with random weights and several numbers of tokens: that is what products, with norms, calls
 and whatever else the model does, take. Then they run beside plain reads of a spill file, which
-share cores and DRAM with them. They are not managed themselves: a sample small enough to be quick
-has too little room to read ahead in to be typical (docs/log.md).
+share cores and DRAM with them; and at last managed, for what the engine adds (offload/handling.py).
 """
 
 from __future__ import annotations
@@ -12,23 +11,26 @@ import copy
 import hashlib
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from offload.config import Tuning
+from offload.handling import Stopwatch, handling
 from offload.prefetch.generation import Weights
 from offload.shape import layers_of, model_of, read_shape, weight_type
 from offload.tiers.compute_probe import attend_rate
 from offload.tiers.drag_probe import contention
+from offload.tiers.layout import choose_chunk_bytes
 from offload.tiers.probe import keep, remembered_at
 from offload.tiers.spec import MIB, Compute, Machine
 
 VOCABULARY = 256
 TOKENS = (1, 2, 8, 32, 128, 512)
 SAMPLE_BYTES = 192 * MIB  # of layers: more than a cache holds
+ROUNDS = 5
 BESIDE_TOKENS = 32  # computed with while the disk is read: with 1 and 128 the same comes out
 
 
@@ -66,16 +68,31 @@ def _kept_at(config: Any, weight_dtype: str | None, folder: Path, machine: Machi
 
 
 def calibrate(config: Any, weight_dtype: str | None, folder: Path, machine: Machine) -> Compute:
-    """Measure; some eight seconds. Needs memory for some layers: 192 MiB of them, or two.
+    """Measure; some fifteen seconds. Needs memory for some layers, 192 MiB of them or two, and half
+    as much again.
 
-    ``machine``: the rates of the disk under ``folder``, where 256 MiB are read. Raises DiskFull.
+    ``machine``: the rates of the disk under ``folder``, where 256 MiB are read, or as much as the
+    layers have. Raises DiskFull and SpillError.
     """
     stored = weight_type(config, None if weight_dtype in ("int4", "int8") else weight_dtype)
     with torch.no_grad():
         model = _sample(config, weight_dtype)
-        products = _products(model, read_shape(config, weight_dtype).weights)
+        weights = read_shape(config, weight_dtype).weights
+        products = _products(model, weights)
+        elements = weights.touched_elements(1) * len(layers_of(model))
         shared = contention(lambda: _run(model, BESIDE_TOKENS), folder, machine.read_bytes_per_s)
-        return Compute(products, attend_rate(getattr(torch, stored)), *shared)
+        # Chunks as in a run with half of the weights in memory.
+        chunk_bytes = choose_chunk_bytes(weights.pass_bytes // 4, 2)
+        tuning = Tuning(chunk_bytes=chunk_bytes, machine=machine, keep_hooks=True)
+        added = handling(
+            model, lambda: _sample(config, weight_dtype), lambda m: _run(m, 1), folder, tuning,
+            shared[0],
+        )  # fmt: skip
+        products[1] = added.plain_s / elements
+        return Compute(
+            tuple(products.items()), attend_rate(getattr(torch, stored)), *shared,
+            handling_s=added.layer_s, pass_s=added.pass_s,
+        )  # fmt: skip
 
 
 def few_layers(config: Any, layers: int) -> Any:
@@ -90,10 +107,14 @@ def few_layers(config: Any, layers: int) -> Any:
 
 
 def sample_bytes(config: Any, weight_dtype: str | None) -> int:
-    """What `calibrate` holds of layers, at most."""
-    plain = read_shape(config, weight_type(config, None)).weights
-    packed = 2 if weight_dtype in ("int4", "int8") else 1  # beside the weights it is made from
-    return packed * _sample_layers(config) * plain.layer_bytes
+    """What `calibrate` holds of layers, at most.
+
+    A sample, and half of a managed one; codes beside the weights that they are made from.
+    """
+    plain_bytes = (
+        _sample_layers(config) * read_shape(config, weight_type(config, None)).weights.layer_bytes
+    )
+    return 2 * plain_bytes if weight_dtype in ("int4", "int8") else plain_bytes * 3 // 2
 
 
 def _sample_layers(config: Any) -> int:
@@ -108,27 +129,19 @@ def _sample(config: Any, weight_dtype: str | None) -> nn.Module:
     return model
 
 
-def _products(model: nn.Module, weights: Weights) -> tuple[tuple[int, float], ...]:
-    """(tokens, seconds for each weight that so many are expected to be multiplied with)."""
-    layers, seen = layers_of(model), [0.0, 0.0]
+def _products(model: nn.Module, weights: Weights) -> dict[int, float]:
+    """By tokens: seconds for each weight that so many are expected to be multiplied with.
 
-    def begin(*_: object) -> None:
-        seen[0] = time.perf_counter()
-
-    def end(*_: object) -> None:
-        seen[1] = time.perf_counter()
-
-    layers[0].register_forward_pre_hook(begin)
-    layers[-1].register_forward_hook(end)
-    found = []
-    for tokens in TOKENS:
-        taken = []
-        for _ in range(4):
+    In rounds: a slow moment of the machine then hits all of them.
+    """
+    layers = layers_of(model)
+    watch = Stopwatch(layers)
+    taken: dict[int, list[float]] = {tokens: [] for tokens in TOKENS}
+    for _ in range(ROUNDS + 1):  # the first one warms up
+        for tokens, each in taken.items():
             _run(model, tokens)
-            taken.append(seen[1] - seen[0])
-        elements = weights.touched_elements(tokens) * len(layers)
-        found.append((tokens, statistics.median(taken[1:]) / elements))
-    return tuple(found)
+            each.append(watch.taken_s / (weights.touched_elements(tokens) * len(layers)))
+    return {tokens: statistics.median(each[1:]) for tokens, each in taken.items()}
 
 
 def _floating(config: Any, weight_dtype: str | None) -> nn.Module:

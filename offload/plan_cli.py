@@ -29,11 +29,21 @@ from offload.machines import DTYPES, rates_of, read_machine, site_of
 from offload.planconfig import PlanConfig, build_plan
 from offload.prefetch.generation import Policy, Rates, Shape, Weights, Workload
 from offload.prefetch.rehearse import rehearse
-from offload.prefetch.search import NothingFits, Problem, search
+from offload.prefetch.room import floor_bytes
+from offload.prefetch.search import NothingFits, Problem, search, smallest_bytes
 from offload.runconfig import RunConfig
 from offload.settings import flags_of
 from offload.tiers.layout import choose_chunk_bytes
-from offload.tiers.spec import Budget, Compute, Machine, format_size, parse_size
+from offload.tiers.spec import (
+    KIB,
+    MIB,
+    Budget,
+    Compute,
+    Machine,
+    format_size,
+    parse_size,
+    round_up,
+)
 
 FLAGS = flags_of(PlanConfig)
 EPILOG = epilog(
@@ -151,10 +161,11 @@ def _plan_steps(config: PlanConfig, told: Voice) -> None:
 
 def _generate(model: Any, config: PlanConfig) -> Found:
     """Choose rows at once and placement, for the configuration of a model."""
-    from offload.shape import read_shape, weight_type
+    from offload.shape import read_shape, stored_as, weight_type
 
     memory, machine = config.memory, config.machine
-    weight_dtype = config.compute.weight_dtype or config.compute.dtype
+    weight_dtype = config.compute.weight_dtype
+    model = stored_as(model, config.compute.dtype)  # codes are widened to it
     if memory.host_memory is None:
         raise OffloadError("plan: --task generate needs --host-memory, e.g. 24GiB")
     disk_bytes = parse_size(memory.disk_memory) if memory.disk_memory else None
@@ -173,22 +184,48 @@ def _generate(model: Any, config: PlanConfig) -> Found:
 
 
 def choose(problem: Problem) -> Policy:
-    """The search, with what malloc is allowed to keep taken off. Raises BudgetError."""
+    """The search, in what a run has of the budget. Raises BudgetError."""
     given_bytes = problem.budget.host_bytes
-    kept_bytes = kept_bytes_for(given_bytes) - FREE_KEPT_BYTES
-    budget = replace(problem.budget, host_bytes=given_bytes - kept_bytes)
-    chunk_bytes = choose_chunk_bytes(given_bytes // 2, 2)
-    problem = replace(problem, budget=budget)
+    within = _within(problem, given_bytes)
     try:
-        return rehearse(problem, search(problem), chunk_bytes)
+        if given_bytes < _floor_bytes(within):
+            raise NothingFits(_floor_bytes(within), problem.budget)
+        return rehearse(within, search(within))
     except NothingFits as error:
-        needed_bytes = error.smallest_bytes + kept_bytes
+        needed_bytes = least_budget_bytes(problem)
         raise BudgetError(
-            f"plan: {error}; a larger --host-memory (at least {format_size(needed_bytes)}) or "
-            "--disk-memory, fewer tokens, or --weight-dtype int4 would help",
+            f"plan: {error}; a larger --host-memory (at least {format_size(needed_bytes)}, "
+            f"{needed_bytes} bytes) or --disk-memory, fewer tokens, or --weight-dtype int4 would "
+            "help",
             tier="host", needed_bytes=needed_bytes, given_bytes=given_bytes,
             smallest_bytes=needed_bytes,
         ) from None  # fmt: skip
+
+
+def least_budget_bytes(problem: Problem) -> int:
+    """The least host memory above the problem's own in which it can be planned, and run.
+
+    Chunks and what malloc may keep grow with the budget, so it is looked for from below.
+    """
+    budget_bytes = problem.budget.host_bytes
+    while True:
+        within = _within(problem, budget_bytes)
+        taken_bytes = budget_bytes - within.budget.host_bytes
+        needed_bytes = max(smallest_bytes(within) + taken_bytes + 1, _floor_bytes(within))
+        if needed_bytes <= budget_bytes:
+            return budget_bytes
+        budget_bytes = round_up(needed_bytes, MIB if within.chunk_bytes > MIB else KIB)
+
+
+def _within(problem: Problem, budget_bytes: int) -> Problem:
+    """What a run with this budget has for its weights and rows, and in which chunks."""
+    taken_bytes = kept_bytes_for(budget_bytes) - FREE_KEPT_BYTES + problem.shape.weights.fixed_bytes
+    budget = replace(problem.budget, host_bytes=budget_bytes - taken_bytes)
+    return replace(problem, budget=budget, chunk_bytes=choose_chunk_bytes(budget_bytes // 2, 2))
+
+
+def _floor_bytes(problem: Problem) -> int:
+    return floor_bytes(problem.shape.weights.largest_bytes, problem.chunk_bytes, 2)
 
 
 def measured(config: Any, weight_dtype: str | None, disk: str) -> Rates:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from offload.config import Given
 from offload.errors import BudgetError
+from offload.prefetch.room import floor_bytes
 from offload.tiers.spec import format_size
 
 
@@ -29,7 +30,7 @@ def refuse_without_room(
     if given.disk is None:
         return
     largest = max(sizes, default=(0, ""))
-    least = max(largest[0] + chunk_bytes, copies * chunk_bytes)
+    least = floor_bytes(largest[0], chunk_bytes, copies)
     if given.budget.host_bytes < least:
         what = f"{largest[1]} ({format_size(largest[0])}), or one update of {copies} chunks,"
         raise too_small(given, least, what)

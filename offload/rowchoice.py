@@ -16,7 +16,7 @@ from torch import nn
 
 from offload.blockroom import largest_unit_bytes, least_frames_bytes
 from offload.config import Given
-from offload.errors import BudgetError, OffloadError
+from offload.errors import BudgetError, OffloadError, SpillError
 from offload.hooks import Hooks
 from offload.parts import Parts
 from offload.places import BlockCost, BlockPlan, choose_block
@@ -25,7 +25,7 @@ from offload.quantised import Quantised
 from offload.spare import free_memory_bytes
 from offload.tiers import vm
 from offload.tiers.disk import DiskFull
-from offload.tiers.spec import MIB, Budget, Compute, Machine, format_size
+from offload.tiers.spec import MIB, Budget, Compute, format_size
 
 if TYPE_CHECKING:
     from offload.prefetch.search import Candidate, Problem
@@ -123,29 +123,30 @@ class RowChooser:
 
     def _problem(self, fitting: BlockPlan) -> Problem:
         from offload.prefetch.search import Problem
-        from offload.shape import read_shape, weight_type
+        from offload.shape import read_shape, stored_as
 
-        config, stored = self._model.config, stored_form(self._model)
-        form = None if stored == weight_type(config, None) else stored  # as `offload plan` asks
+        config, form = stored_as(self._model.config, kept_type(self._model)), form_of(self._model)
         try:
             shape = read_shape(config, form)
         except OffloadError as error:
             raise _NotSearchedError(str(error).removeprefix("plan: ")) from None
         machine = self._parts.machine
         assert machine is not None
-        rates = Rates(machine, self._compute(shape, form, machine, fitting))
+        rates = Rates(machine, self._compute(shape, config, form, fitting))
         mean = -(-sum(self._lengths) // len(self._lengths))
         work = Workload(len(self._lengths), mean, self._new_tokens)
-        return Problem(shape, rates, Budget(self._capacity_bytes), work)
+        chunk_bytes = max(c.size_bytes for c in self._parts.engine.space.chunks)
+        budget = Budget(self._capacity_bytes)
+        return Problem(shape, rates, budget, work, chunk_bytes=chunk_bytes)
 
-    def _compute(
-        self, shape: Shape, form: str | None, machine: Machine, fitting: BlockPlan
-    ) -> Compute:
+    def _compute(self, shape: Shape, config: Any, form: str | None, fitting: BlockPlan) -> Compute:
         """Kept, or measured now within the budget. Raises _NotSearchedError."""
         from offload.calibrate import cached_calibration, kept_calibration, sample_bytes
 
+        machine = self._parts.machine
+        assert machine is not None
         assert self._given.disk is not None
-        asked = self._model.config, form, self._given.disk, machine
+        asked = config, form, self._given.disk, machine
         kept = kept_calibration(*asked)
         if kept is not None:
             return kept
@@ -153,7 +154,7 @@ class RowChooser:
         reading_s = passes * self._away_bytes(fitting) / machine.read_bytes_per_s
         if reading_s < WORTH_S:
             raise _NotSearchedError("too short a run to measure for")
-        needed_bytes = sample_bytes(self._model.config, form) + PROBE_BYTES
+        needed_bytes = sample_bytes(config, form) + PROBE_BYTES
         needed_bytes += 512 * shape.rows.token_bytes
         return self._measured_within(needed_bytes, lambda: cached_calibration(*asked))
 
@@ -174,8 +175,8 @@ class RowChooser:
         try:
             with torch.random.fork_rng(devices=[]):  # the sample's weights are random
                 return measure()
-        except DiskFull as error:
-            raise _NotSearchedError(f"{what}: {error.strerror}") from None
+        except (DiskFull, SpillError) as error:
+            raise _NotSearchedError(f"{what}: {error}") from None
         finally:
             engine.ledger.give_other(needed_bytes)
             vm.return_freed_memory()
@@ -196,18 +197,20 @@ class RowChooser:
             policy = search(problem, allowed)
         except NothingFits as error:
             raise _NotSearchedError(f"the search finds no room ({error})") from None
-        chunk_bytes = max(c.size_bytes for c in self._parts.engine.space.chunks)
-        return rehearse(problem, policy, chunk_bytes)
+        return rehearse(problem, policy)
 
 
 class _NotSearchedError(Exception):
     """Why rows are as many as fit."""
 
 
-def stored_form(model: nn.Module) -> str:
-    """How the weights of products are stored: "int4", "int8" or a floating type's name."""
-    for module in model.modules():
-        if isinstance(module, Quantised):
-            return module.form.name
+def form_of(model: nn.Module) -> str | None:
+    """The codes that weights of products are stored as: "int4" or "int8"; None: as they are."""
+    forms = (m.form.name for m in model.modules() if isinstance(m, Quantised))
+    return next(forms, None)
+
+
+def kept_type(model: nn.Module) -> str:
+    """The type of weights that are no codes, which is what is computed in."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return str(dtype).removeprefix("torch.")

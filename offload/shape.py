@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from offload.blockroom import block_cost
 from offload.errors import OffloadError
+from offload.groupwise import FORMATS
 from offload.prefetch.generation import Experts, RowCost, Shape, Weights
+from offload.quantised import Quantised, quantise, scratch_bytes
 from offload.runconfig import TINY_MODEL
 from offload.tinymodel import tiny_config
 
-LOGITS_COPIES = 4  # float32 scores, sorted, their order and their shares
-_BITS = {"int4": 4, "int8": 8}
-_GROUP = 64  # weights that share a scale and a zero of two bytes each
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -43,10 +45,21 @@ def weight_type(config: Any, weight_dtype: str | None) -> str:
     Raises OffloadError for a type that is not known.
     """
     own = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    if weight_dtype not in (None, *DTYPES, *_BITS):
-        known = ", ".join((*DTYPES, *_BITS))
+    if weight_dtype not in (None, *DTYPES, *FORMATS):
+        known = ", ".join((*DTYPES, *FORMATS))
         raise OffloadError(f"weight_dtype={weight_dtype!r}: give one of {known}")
     return weight_dtype or own
+
+
+def stored_as(config: Any, dtype: str | None) -> Any:
+    """The configuration with this floating type; None: with its own. Raises OffloadError."""
+    if dtype is None or weight_type(config, None) == dtype:
+        return config
+    if dtype not in DTYPES:
+        raise OffloadError(f"dtype={dtype!r}: give one of {', '.join(DTYPES)}")
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    return config
 
 
 def _is_local(place: str) -> bool:
@@ -62,14 +75,16 @@ def read_shape(config: Any, weight_dtype: str | None = None) -> Shape:
     """
     text = config.get_text_config(decoder=True)
     dtype = weight_type(config, weight_dtype)
-    dtype = weight_type(config, None) if dtype in _BITS else dtype
+    dtype = weight_type(config, None) if dtype in FORMATS else dtype
     with torch.device("meta"):
         model = model_of(config, dtype)
-    itemsize = getattr(torch, dtype).itemsize
+        if weight_dtype in FORMATS:
+            codes = partial(torch.empty, dtype=torch.uint8)
+            form = FORMATS[weight_dtype]
+            quantise(model, form, None, codes, lambda _: None, contents=False)
     layers = layers_of(model)
-    weights = _weights(model, layers, weight_dtype)
-    weights = replace(weights, experts=_experts(text, layers))
-    return Shape(weights, _rows(text, itemsize))
+    weights = replace(_weights(model, layers), experts=_experts(text, layers))
+    return Shape(weights, _rows(model, text))
 
 
 def model_of(config: Any, dtype: str) -> nn.Module:
@@ -90,31 +105,41 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def _weights(model: nn.Module, layers: nn.ModuleList, weight_dtype: str | None) -> Weights:
+def _weights(model: nn.Module, layers: nn.ModuleList) -> Weights:
     """Weights that a head shares with a lookup count as the head's."""
     inside = {id(m) for m in layers.modules()}
     stored, elements, lookup_bytes, unit_bytes = [0, 0], [0, 0], 0, 0
-    products = {id(m.weight) for m in model.modules() if not isinstance(m, nn.Embedding)
-                if isinstance(getattr(m, "weight", None), nn.Parameter)}  # fmt: skip
+    products = {id(m._parameters.get("weight")) for m in model.modules()
+                if not isinstance(m, nn.Embedding)}  # fmt: skip
     seen: set[int] = set()
     for module in model.modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
-        own_bytes = sum(_stored_bytes(module, p, weight_dtype) for p in own)
+        own_bytes = sum(map(_bytes, own))
         if isinstance(module, nn.Embedding):
-            tied = id(module.weight) in products
-            # A head stored as codes has them beside the table that it was tied to.
-            lookup_bytes += 0 if tied and weight_dtype not in _BITS else own_bytes
+            lookup_bytes += 0 if id(module.weight) in products else own_bytes
             continue
         seen.update(map(id, own))
         outside = int(id(module) not in inside)
         stored[outside] += own_bytes
-        elements[outside] += sum(p.numel() for p in own if p.dim() > 1)
+        elements[outside] += sum(_factors(module, p) for p in own if p.dim() > 1)
         unit_bytes = max(unit_bytes, own_bytes)
     count = len(layers)
     return Weights(
         count, -(-stored[0] // count), elements[0] // count, stored[1], elements[1],
-        lookup_bytes, unit_bytes,
+        lookup_bytes, unit_bytes, largest_bytes=max(map(_bytes, model.parameters())),
+        fixed_bytes=sum(map(_bytes, model.buffers())) + scratch_bytes(model),
     )  # fmt: skip
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _factors(module: nn.Module, weight: nn.Parameter) -> int:
+    """Elements that are multiplied with; of codes, as many as were packed."""
+    if isinstance(module, Quantised) and weight is module.packed:
+        return int(weight.shape[0]) * module.columns
+    return weight.numel()
 
 
 def _experts(text: Any, layers: nn.ModuleList) -> Experts:
@@ -131,27 +156,12 @@ def _experts(text: Any, layers: nn.ModuleList) -> Experts:
     return Experts(count, min(chosen, count), size_bytes, elements)
 
 
-def _stored_bytes(module: nn.Module, weight: nn.Parameter, weight_dtype: str | None) -> int:
-    linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    if weight_dtype not in _BITS or not linear or weight.dim() != 2:
-        return weight.numel() * weight.element_size()
-    rows, columns = weight.shape if isinstance(module, nn.Linear) else reversed(weight.shape)
-    return rows * -(-columns // _GROUP) * (_GROUP * _BITS[weight_dtype] // 8 + 4)
-
-
-def _rows(text: Any, itemsize: int) -> RowCost:
-    """As the block engine counts; a configuration that does not say takes the usual shape."""
-    width, layers = int(text.hidden_size), int(text.num_hidden_layers)
+def _rows(model: nn.Module, text: Any) -> RowCost:
+    """As the block engine counts."""
+    cost = block_cost(model)
     heads = int(getattr(text, "num_attention_heads", 0) or 1)
-    kv_heads = int(getattr(text, "num_key_value_heads", 0) or heads)
-    head_width = int(getattr(text, "head_dim", 0) or width // heads)
-    names = ("intermediate_size", "ffn_dim", "n_inner", "d_ff")
-    sizes = (getattr(text, name, None) for name in names)
-    inner = next((int(n) for n in sizes if isinstance(n, int)), 4 * width)
+    head_width = int(getattr(text, "head_dim", 0) or int(text.hidden_size) // heads)
     return RowCost(
-        position_bytes=2 * layers * kv_heads * head_width * itemsize,
-        token_bytes=(6 * width + 3 * inner + 4 * kv_heads * head_width) * itemsize,
-        waiting_bytes=3 * width * itemsize,
-        row_bytes=LOGITS_COPIES * 4 * int(text.vocab_size),
-        attention_width=layers * heads * head_width,
-    )
+        cost.position_bytes, cost.token_bytes, cost.waiting_bytes, cost.row_bytes,
+        cost.layers * heads * head_width, cost.result_bytes,
+    )  # fmt: skip

@@ -39,7 +39,9 @@ class Weights:
     """Stored bytes and, of those that are multiplied with, their number (elements).
 
     ``head``: what follows the layers. ``lookup_bytes``: tables of which a few rows are read where
-    they lie. ``unit_bytes``: the largest module's weights, all of which its product needs at once.
+    they lie. ``unit_bytes``: the largest module's weights, all of which its product needs at once;
+    ``largest_bytes``: the largest tensor. ``fixed_bytes``: held beside weights whatever is away:
+    buffers, and what codes are widened in.
     A layer's ``experts`` are part of it, stacked in one module: all are read, whichever are chosen.
     """
 
@@ -51,6 +53,8 @@ class Weights:
     lookup_bytes: int
     unit_bytes: int
     experts: Experts = Experts()
+    largest_bytes: int = 0
+    fixed_bytes: int = 0
 
     def touched_elements(self, tokens: float) -> float:
         """Of a layer, that so many tokens are expected to be multiplied with."""
@@ -96,6 +100,7 @@ class RowCost:
     one token in the pass that runs; ``waiting_bytes``: in a pass that waits for its turn;
     ``row_bytes``: whatever the length (logits). ``attention_width``: of the queries of all layers
     together: scores against one earlier token take twice so many multiplications.
+    ``result_bytes``: the largest result of one token, for which a recorded pass has room once more.
     """
 
     position_bytes: int
@@ -103,6 +108,7 @@ class RowCost:
     waiting_bytes: int
     row_bytes: int
     attention_width: int
+    result_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

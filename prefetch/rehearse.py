@@ -13,7 +13,15 @@ import numpy as np
 
 from offload.prefetch.generation import Policy, Shares
 from offload.prefetch.planner import DoesNotFit, plan
-from offload.prefetch.search import Candidate, Line, Problem, held_lines, lane_lines, policy_of
+from offload.prefetch.room import frames_bytes
+from offload.prefetch.search import (
+    Candidate,
+    Problem,
+    held_lines,
+    lane_lines,
+    managing_s,
+    policy_of,
+)
 from offload.prefetch.sharing import Sharing
 from offload.prefetch.simulate import Timeline, simulate
 from offload.prefetch.trace import Access, Moment, Need, Phase, Trace
@@ -21,7 +29,7 @@ from offload.prefetch.trace import Access, Moment, Need, Phase, Trace
 _MODULES = 8  # of a layer: what is needed at once is about so small a part of it
 
 
-def rehearse(problem: Problem, policy: Policy, chunk_bytes: int) -> Policy:
+def rehearse(problem: Problem, policy: Policy) -> Policy:
     """The policy with the weights' shares that the planner reaches, and times to match.
 
     Unchanged where the planner does not reach: with a device, with keys and values on disk, and
@@ -30,7 +38,7 @@ def rehearse(problem: Problem, policy: Policy, chunk_bytes: int) -> Policy:
     if problem.rates.device is not None or policy.kv.disk > 0 or policy.weights.disk <= 0:
         return policy
     candidate = Candidate(policy.batch, policy.micro_batches)
-    forecasts = [_forecast(problem, candidate, policy, chunk_bytes, p) for p in (True, False)]
+    forecasts = [_forecast(problem, candidate, policy, p) for p in (True, False)]
     if None in forecasts:
         return policy
     first, later = (f for f in forecasts if f is not None)
@@ -53,25 +61,27 @@ def _on_demand_s(problem: Problem, candidate: Candidate, policy: Policy) -> floa
 
     What was used longest ago leaves first, which in a pass is what is wanted next.
     """
-    lanes = lane_lines(problem, candidate, prefill=True)
     read_bytes = problem.shape.weights.pass_bytes
-    return _compute_s(lanes, policy) + read_bytes / problem.rates.machine.read_bytes_per_s
+    compute_s = _compute_s(problem, candidate, policy, prefill=True)
+    return compute_s + read_bytes / problem.rates.machine.read_bytes_per_s
 
 
-def _compute_s(lanes: dict[str, Line], policy: Policy) -> float:
-    return float(lanes["host"] @ np.append(shares_of(policy), 1.0))
+def _compute_s(problem: Problem, candidate: Candidate, policy: Policy, *, prefill: bool) -> float:
+    line = lane_lines(problem, candidate, prefill=prefill)["host"]
+    products_s = float(line @ np.append(shares_of(policy), 1.0))
+    return products_s + managing_s(problem, candidate)
 
 
 def _forecast(
-    problem: Problem, candidate: Candidate, policy: Policy, chunk_bytes: int, prefill: bool
+    problem: Problem, candidate: Candidate, policy: Policy, prefill: bool
 ) -> Timeline | None:
     """Of one pass; None where the planner finds no room for what the program took for possible."""
     full = np.append(shares_of(policy), 1.0)
-    compute_s = _compute_s(lane_lines(problem, candidate, prefill=prefill), policy)
+    compute_s = _compute_s(problem, candidate, policy, prefill=prefill)
     full[:3] = 0.0
     other_bytes = int(held_lines(problem, candidate)["host"] @ full)
-    other_bytes -= problem.shape.weights.unit_bytes
-    trace = pass_trace(problem, compute_s, other_bytes, chunk_bytes)
+    other_bytes -= frames_bytes(problem.shape.weights.unit_bytes, problem.chunk_bytes)
+    trace = pass_trace(problem, compute_s, other_bytes)
     machine, capacity_bytes = problem.rates.machine, problem.budget.host_bytes
     try:
         made = plan(trace, machine, capacity_bytes)
@@ -89,9 +99,9 @@ def shares_of(policy: Policy) -> np.typing.NDArray[np.float64]:
     ])  # fmt: skip
 
 
-def pass_trace(problem: Problem, compute_s: float, other_bytes: int, chunk_bytes: int) -> Trace:
+def pass_trace(problem: Problem, compute_s: float, other_bytes: int) -> Trace:
     """One pass. Lookup tables, layers and head stand in one run, cut at equal lengths."""
-    weights = problem.shape.weights
+    weights, chunk_bytes = problem.shape.weights, problem.chunk_bytes
     experts = weights.experts
     dense_bytes = weights.layer_bytes - experts.layer_bytes
     dense_elements = weights.layer_elements - experts.layer_elements

@@ -12,7 +12,8 @@ computes, reading takes time from the processor and computing from the disk; bot
     T = max(R + disk_drag C, C + drag R)
 
 which is linear in both, so it stays a linear program. Whichever ends last slows down only while
-the other runs, so each side pays for what the other really does, not for the whole pass.
+the other runs, so each side pays for what the other really does, not for the whole pass. C has what
+the engine does for each layer whose weights come and go, and for each pass. A bound has not.
 
 [Note: what must be there]
 While anything is away, the largest module has to have room beside what stays, and so has what is
@@ -38,6 +39,7 @@ from offload.prefetch.generation import (
     Times,
     Workload,
 )
+from offload.prefetch.room import frames_bytes
 from offload.tiers.spec import Budget, format_size
 
 Line = NDArray[np.float64]  # coefficients of the nine shares, then the constant
@@ -77,13 +79,18 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """All that a search is given. ``kv_away``: keys and values may leave the compute tier."""
+    """All that a search is given. ``kv_away``: keys and values may leave the compute tier.
+
+    ``budget``: what weights, keys and values and activations may take together. ``chunk_bytes``:
+    weights come and go in pieces of so many.
+    """
 
     shape: Shape
     rates: Rates
     budget: Budget
     work: Workload
     kv_away: bool = False
+    chunk_bytes: int = 1
 
 
 def search(problem: Problem, allowed: Callable[[Candidate], bool] = lambda _: True) -> Policy:
@@ -112,13 +119,16 @@ def candidates(problem: Problem) -> Iterator[Candidate]:
 
 
 def smallest_bytes(problem: Problem) -> int:
-    """The least host memory with which one row fits, all that may be away being away."""
+    """The least host memory with which one row fits: all away that may be, or nothing."""
     held = held_lines(problem, Candidate(1, 1))["host"]
+    near = held_lines(problem, Candidate(1, 1, away=False))["host"]
     away = [2, 5 if problem.kv_away else 4, 8]
     if problem.budget.device_bytes is not None and not problem.kv_away:
         away[1] = 3
-    least = int(np.ceil(held[-1] + held[away].sum()))
-    return max(least, problem.shape.weights.lookup_bytes)
+    least_bytes = held[-1] + held[away].sum()
+    if problem.budget.device_bytes is None:
+        least_bytes = min(least_bytes, near[-1] + near[[1, 4, 7]].sum())
+    return int(np.ceil(least_bytes))
 
 
 def _steps(most: int) -> list[int]:
@@ -134,12 +144,13 @@ def held_lines(problem: Problem, candidate: Candidate) -> dict[str, Line]:
     for i, tier in enumerate(_TIERS):
         lines[tier][[i, 3 + i, 6 + i]] = weights.pass_bytes, kv_bytes, waiting_bytes
     computing = _computes(problem)
-    running_bytes = candidate.batch * work.prompt_tokens * rows.token_bytes
+    token_bytes = rows.token_bytes + rows.result_bytes
+    running_bytes = candidate.batch * work.prompt_tokens * token_bytes
     lines[computing][-1] = running_bytes + candidate.rows * rows.row_bytes
     if computing == "device":  # read ahead and computed with, over a frame of the host's
         lines["device"][-1] += weights.unit_bytes
     if candidate.away:
-        lines["host"][-1] += weights.unit_bytes
+        lines["host"][-1] += frames_bytes(weights.unit_bytes, problem.chunk_bytes)
         if problem.kv_away:  # one layer's keys and values, read ahead
             lines["host"][-1] += kv_bytes / weights.layers
         # The spill file has a place for every weight, also for those that stay.
@@ -201,12 +212,22 @@ def _compute_lines(
     return {"device": device, "host": host}
 
 
-def expected_lines(rates: Rates, lanes: dict[str, Line]) -> list[Line]:
+def expected_lines(problem: Problem, candidate: Candidate, lanes: dict[str, Line]) -> list[Line]:
     """A pass takes at least each of these: see the note on time."""
-    if rates.device is not None:
+    if problem.rates.device is not None:
         return list(lanes.values())
-    read, compute, host = lanes["disk"], lanes["host"], rates.host
+    read, compute, host = lanes["disk"], lanes["host"].copy(), problem.rates.host
+    compute[-1] += managing_s(problem, candidate)
     return [read + compute * host.disk_drag, compute + read * host.drag]
+
+
+def managing_s(problem: Problem, candidate: Candidate) -> float:
+    """Seconds of the processor in one pass of a block that are no products.
+
+    Hooks come off where nothing is away.
+    """
+    host, layers = problem.rates.host, problem.shape.weights.layers
+    return candidate.micro_batches * (host.pass_s + layers * host.handling_s * candidate.away)
 
 
 def _computes(problem: Problem) -> str:
@@ -215,11 +236,9 @@ def _computes(problem: Problem) -> str:
 
 def solve(problem: Problem, candidate: Candidate) -> Policy | None:
     """The best shares for a candidate; None where it does not fit."""
-    if candidate.away and problem.budget.host_bytes < problem.shape.weights.lookup_bytes:
-        return None  # the engine wants room for the largest tensor, looked up or not
     held = held_lines(problem, candidate)
     lanes = [lane_lines(problem, candidate, prefill=p) for p in (True, False)]
-    expected = [expected_lines(problem.rates, each) for each in lanes]
+    expected = [expected_lines(problem, candidate, each) for each in lanes]
     passes = problem.work.new_tokens - 1
     limits, rooms = _limits(problem, held)
     for phase, lines in enumerate(expected):
@@ -277,7 +296,7 @@ def pass_times(problem: Problem, candidate: Candidate, shares: Line) -> list[tup
         lanes = lane_lines(problem, candidate, prefill=prefill)
         lone = {name: float(line @ full) for name, line in lanes.items()}
         binding = max(lone, key=lambda name: lone[name])
-        expected_s = max(float(x @ full) for x in expected_lines(problem.rates, lanes))
+        expected_s = max(float(x @ full) for x in expected_lines(problem, candidate, lanes))
         found.append((max(expected_s, lone[binding]), binding))
     return found
 

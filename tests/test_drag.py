@@ -86,7 +86,7 @@ def test_a_failed_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         contention(lambda: None, tmp_path, 1e9)
 
 
-@pytest.mark.parametrize("missing", ["drag", "disk_drag"])
+@pytest.mark.parametrize("missing", ["drag", "disk_drag", "handling_s", "pass_s"])
 def test_a_calibration_that_lacks_them_is_measured_again(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

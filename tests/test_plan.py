@@ -191,10 +191,11 @@ def test_bytes_of_a_streamed_mixtral_are_those_that_were_planned(
     problem = Problem(
         read_shape(model.config), Rates(MACHINE, HOST),
         Budget(run.parts.engine.ledger.capacity_bytes), Workload(rows, 3, 16),
+        chunk_bytes=CHUNK_BYTES,
     )  # fmt: skip
     found = solve(problem, Candidate(rows, 1))
     assert found is not None
-    policy = rehearse(problem, found, CHUNK_BYTES)
+    policy = rehearse(problem, found)
     planned_bytes = policy.weights.disk * problem.shape.weights.pass_bytes
     assert planned_bytes == pytest.approx(measured_bytes, rel=0.1)
     assert planned_bytes > 0.2 * problem.shape.weights.experts.layer_bytes * 6

@@ -110,12 +110,16 @@ class Compute:
     for one token goes through, joining the new token to them included. Where the processor shares
     cores and DRAM with the disk: ``drag``: seconds that each lone second of reading takes from the
     processor; ``disk_drag``: seconds that each lone second of computing takes from reading.
+    ``handling_s``: of each layer in a pass in which weights come and go, beside its products;
+    ``pass_s``: of each pass beside its layers.
     """
 
     product_s: tuple[tuple[int, float], ...]
     attend_bytes_per_s: float
     drag: float = 0.0
     disk_drag: float = 0.0
+    handling_s: float = 0.0
+    pass_s: float = 0.0
 
     def __post_init__(self) -> None:
         tokens = [t for t, _ in self.product_s]
@@ -146,5 +150,7 @@ class Compute:
     def from_dict(found: dict[str, Any]) -> Compute:
         """From ``to_dict``. Raises TypeError, KeyError or ValueError for anything else."""
         points = tuple((int(t), float(s)) for t, s in found["product_s"])
-        shared = {name: float(found[name]) for name in ("drag", "disk_drag")}  # never assumed
-        return Compute(**(found | {"product_s": points} | shared))
+        costs = ("drag", "disk_drag", "handling_s", "pass_s")  # never assumed
+        return Compute(
+            **(found | {"product_s": points} | {name: float(found[name]) for name in costs})
+        )
