@@ -21,7 +21,7 @@ from typing import Any
 from offload.calls import Call
 from offload.engine import Engine
 from offload.prefetch.plan import Forecast, Plan
-from offload.prefetch.trace import Moment, Trace, merged, retimed
+from offload.prefetch.trace import Moment, Trace, merged, paced, retimed
 from offload.record import Follower, Recorder
 from offload.tape import Tape, meters_of
 from offload.tiers.lane import Meter
@@ -31,6 +31,7 @@ from offload.watch import Watch
 STRAY_SHARE = 0.1  # beyond this share of unforeseen moments the step is planned anew
 FORMS = 8  # of inference, that plans are kept for
 RETIMED_AFTER = (3, 7)  # replayed steps: first times soon, then sure ones
+BARE_STEPS = 3  # without hooks, that tell how long such steps take
 GROWTH = 1.25  # of an inference's extent, for which a watched step leaves room
 # The same of a cache, to whose length what a step takes is at most proportional: as far as a small
 # part of memory allows, since watching and planning anew take twice a step.
@@ -69,6 +70,9 @@ class Track:
     busy_s: dict[str, list[float]] = field(default_factory=lambda: {"read": [], "write": []})
     fits: bool = False
     beside: list[Trace] = field(default_factory=list)  # replayed steps that times come from
+    bare_s: list[float] = field(
+        default_factory=list
+    )  # of steps without hooks, until they are known
     extent: int = 0  # the largest call that was watched, see calls.Call
     trial: Trial = field(default_factory=Trial)
     part: str = ""  # of the model, which is called
@@ -91,6 +95,16 @@ class Track:
         """Steps go this way from now on; what others took tells nothing of it."""
         self.trace, self.stale, self.borrowed = trace, True, False
         self.beside.clear()
+        self.bare_s.clear()
+
+    def learn_bare(self, step_s: float) -> None:
+        """A step without hooks has no moments; the trace, recorded with them, takes its length."""
+        if self.trace is None or self.follower is None or len(self.bare_s) >= BARE_STEPS:
+            return
+        self.bare_s.append(step_s)
+        if len(self.bare_s) == BARE_STEPS:
+            times = statistics.median(self.bare_s) / self.follower.plan.forecast.step_s
+            self.trace, self.stale = paced(self.trace, times), True
 
     @property
     def forecast(self) -> Forecast | None:
@@ -245,6 +259,8 @@ class Steps:
         if step.ahead is not track.trial.ahead:
             return  # it was a try that is not taken up
         track.replayed_s.append(step_s)
+        if step.mode is Mode.FITS and step.kind is Kind.TRAIN:
+            track.learn_bare(step_s)
         for name, then in step.meters.items():
             track.replayed_bytes[name].append(meters[name].moved_bytes - then.moved_bytes)
             track.busy_s[name].append(meters[name].busy_s - then.busy_s)

@@ -104,6 +104,15 @@ def retimed(old: Trace, *seen: Trace) -> Trace:
     return replace(old, moments=moments)
 
 
+def paced(trace: Trace, times: float) -> Trace:
+    """A trace whose moments take so many times as long."""
+    moments = tuple(
+        replace(m, compute_s=m.compute_s * times, handling_s=m.handling_s * times)
+        for m in trace.moments
+    )
+    return replace(trace, moments=moments)
+
+
 def _typical(seconds: list[float]) -> float:
     """The mean of the middle half: single steps of a busy machine are off by a fifth and more."""
     cut = len(seconds) // 4

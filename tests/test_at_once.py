@@ -155,3 +155,16 @@ def test_times_are_of_steps_after_the_first_ones(tmp_path: Path) -> None:
     assert fits == [False, False, False, False, True, True]
     assert {m.phase for m in track.trace.moments} >= {Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE}
     run.close()
+
+
+def test_a_forecast_is_of_steps_without_hooks(tmp_path: Path) -> None:
+    own, run = managed(tmp_path, fused=True)
+    track = run.parts.steps.tracks[Kind.TRAIN]
+    for at in range(5):
+        step(*own, at)
+    assert track.fits
+    assert len(track.bare_s) == 1
+    for at in range(3):
+        step(*own, at)
+    assert run.plan.forecast.step_s == pytest.approx(sorted(track.bare_s)[1])
+    run.close()
