@@ -70,9 +70,7 @@ class Track:
     busy_s: dict[str, list[float]] = field(default_factory=lambda: {"read": [], "write": []})
     fits: bool = False
     beside: list[Trace] = field(default_factory=list)  # replayed steps that times come from
-    bare_s: list[float] = field(
-        default_factory=list
-    )  # of steps without hooks, until they are known
+    bare_s: list[float] = field(default_factory=list)  # of the first steps without hooks
     extent: int = 0  # the largest call that was watched, see calls.Call
     trial: Trial = field(default_factory=Trial)
     part: str = ""  # of the model, which is called
