@@ -129,8 +129,8 @@ def test_computing_on_the_device_binds(tmp_path: Path) -> None:
 
 def test_a_slow_disk_below_frames_binds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what the device waits for it is no computing of the device's."""
-    monkeypatch.setattr(SpillFile, "push", napping(3, SpillFile.push))
-    run = train(tmp_path, "emulated", machine=replace(MACHINE, write_bytes_per_s=6.4e6))
+    monkeypatch.setattr(SpillFile, "push", napping(12, SpillFile.push))
+    run = train(tmp_path, "emulated", machine=replace(MACHINE, write_bytes_per_s=1.6e6))
     device = run.parts.device
     assert device is not None
     trace = device.steps.tracks[Kind.TRAIN].trace
