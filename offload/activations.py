@@ -95,7 +95,7 @@ class Planned:
         self._pass = Pass(Profile(0))
         self._chooser = Chooser(engine, ways.below)
         if self._area is not None:
-            engine.relieve = self._area.relieve
+            engine.tenants.join(self._area.relieve)
 
     # -- passes -----------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ class Planned:
         """End transfers and the file."""
         self._site.saved.visit = None
         if self._area is not None:
-            self._engine.relieve = lambda _: False
+            self._engine.tenants.leave(self._area.relieve)
             self._area.close()
 
     def stats(self) -> dict[str, Any]:

@@ -159,6 +159,12 @@ class DeviceEngine(Engine):
         while self.given_back:
             self.ledger.give_other(self.given_back.popleft())
 
+    def noticed(self, desperate: bool) -> bool:
+        """A relief: what was let go of, on whatever thread, since the engine looked last."""
+        room_bytes = self.ledger.room_bytes
+        self.collect()
+        return self.ledger.room_bytes > room_bytes
+
     def take_other(self, size_bytes: int, what: str, kind: Other = Other.ACTIVATIONS) -> None:
         self.collect()
         super().take_other(size_bytes, what, kind)

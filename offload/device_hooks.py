@@ -28,10 +28,11 @@ from offload.hook import Hook, has_user_hooks
 from offload.internals import backward_runs, compiled, tree_map, when_backward_ends
 from offload.outgoing import Reads
 from offload.prefetch.trace import Phase
-from offload.steps import Kind, Mode, Steps
+from offload.steps import Kind, Steps
 from offload.swap_bus import ways_in_frames
 from offload.tape import Mark
 from offload.tiers.copy import deliver
+from offload.track import Mode
 from offload.use import Use, attach, detach
 
 

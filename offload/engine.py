@@ -22,6 +22,7 @@ from offload.prefetch.plan import Ops
 from offload.prefetch.trace import Access, Need, Phase
 from offload.record import Follower, Recorder
 from offload.tape import Mark, Tape
+from offload.tenants import Tenants
 from offload.tiers.home import Backing, Chunk, HomeSpace
 from offload.trust import Trust
 
@@ -51,9 +52,7 @@ class Engine:
         self.phase = Phase.FORWARD
         self.trust = Trust()
         self.outlook = Outlook()
-        # Room that is not chunks': a write that can be awaited; True: what was read ahead, too.
-        self.relieve: Callable[[bool], bool] = lambda _: False
-        self.kv_disk_bytes: Callable[[], int] = lambda: 0  # of keys and values in their file
+        self.tenants = Tenants()
 
     # -- the steady state -------------------------------------------------------------------
 
@@ -182,7 +181,7 @@ class Engine:
 
     def _make_room(self, size_bytes: int, keep: set[int], what: str = "a chunk") -> None:
         while self.ledger.room_bytes < size_bytes:
-            if self.relieve(False):
+            if self.tenants.relieve(False):
                 continue
             if self._leaving:
                 chunk = next(iter(self._leaving.values()))
@@ -192,7 +191,7 @@ class Engine:
             if victim is not None:
                 self.counters.forced_evictions += self.follower is not None
                 self._evict(victim)
-            elif not self._abandon_a_load(keep) and not self.relieve(True):
+            elif not self._abandon_a_load(keep) and not self.tenants.relieve(True):
                 self._refuse(size_bytes, keep, what)
 
     def _victim(self, keep: set[int]) -> Chunk | None:

@@ -49,15 +49,8 @@ class FramedUnits:
             activations, self._saved, device.place, self._again, has_user_hooks,
             lambda: not here.ours(),
         )  # fmt: skip
+        engine.tenants.join(engine.noticed)  # before the one whose transfers let go of memory
         self.planned = Planned(engine, ways, site)
-        relieve = engine.relieve
-
-        def relieved(desperate: bool) -> bool:
-            found = relieve(desperate)
-            engine.collect()  # what was let go of is noted by the engine, on whatever thread it was
-            return found
-
-        engine.relieve = relieved
         units = find_units(model)
         if ways.setting == "keep":
             if units:
@@ -73,6 +66,7 @@ class FramedUnits:
         self._handles.clear()
         with self._here.lock:
             self.planned.close()
+            self._device.engine.tenants.leave(self._device.engine.noticed)
 
     @property
     def any(self) -> bool:

@@ -28,7 +28,8 @@ from offload.hook import Hook, has_user_hooks
 from offload.passes import Before, Pass, Turn
 from offload.results import Keeping
 from offload.signals import Signals
-from offload.steps import Kind, Mode, Steps
+from offload.steps import Kind, Steps
+from offload.track import Mode
 
 REMEDY = 'give offload.wrap activations="auto", or use a smaller batch or gradient checkpointing'
 

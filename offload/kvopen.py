@@ -61,9 +61,8 @@ def _open(model: nn.Module, parts: Parts, given: Given, limit_bytes: int, *, har
     room = Room(engine, limit_bytes, hard, lambda: opened[0].shrink(), squeezed)
     store = KVStore(room, BlockFile(engine.space.lanes, _storage(parts, given)))
     opened.append(store)
-    before = engine.relieve
-    engine.relieve = lambda desperate: before(desperate) or store.relieve(desperate)
-    engine.kv_disk_bytes = lambda: store.file.used_bytes
+    engine.tenants.join(store.relieve)
+    engine.tenants.kv_disk_bytes = lambda: store.file.used_bytes
     store.beyond = _beyond(model, parts, given, store)
     return store
 
@@ -77,8 +76,7 @@ def _beyond(model: nn.Module, parts: Parts, given: Given, store: KVStore) -> Bey
     engine = parts.device.engine
     frames = engine.frames
     table = DeviceTable(store, DeviceRoom(engine), frames.copier, frames.lanes["read"])
-    before = engine.relieve
-    engine.relieve = lambda desperate: before(desperate) or table.relieve(desperate)
+    engine.tenants.join(table.relieve)
     return Whereabouts(model, store, table)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from offload.parts import Parts
 from offload.prefetch.bounds import Framed, Limit, framed_bound
 from offload.prefetch.variants import Saving
-from offload.steps import Kind, Track
+from offload.steps import Kind
+from offload.track import Track
 
 
 def limit_of(parts: Parts, kind: Kind) -> Limit | None:

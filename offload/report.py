@@ -25,9 +25,10 @@ from offload.report_advice import Facts, verdict, ways_of
 from offload.report_files import rendered, write_text
 from offload.report_step import Step, recorded_step
 from offload.report_tables import Tables
-from offload.steps import Kind, Track
+from offload.steps import Kind
 from offload.tape import Tape
 from offload.tiers.home import Backing
+from offload.track import Track
 
 if TYPE_CHECKING:
     from offload.run import Runtime

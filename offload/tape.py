@@ -92,7 +92,7 @@ class Tape:
         self.lanes: dict[str, list[Span]] = {}  # of transfers that ended in the step
         self.before = Holding(
             began_s, tuple(engine.space.held()), dict(ledger.other_by_kind), ledger.fixed_bytes,
-            ledger.used_bytes, ledger.idle_bytes, engine.kv_disk_bytes(),
+            ledger.used_bytes, ledger.idle_bytes, engine.tenants.kv_disk_bytes(),
         )  # fmt: skip
         self._samples: list[tuple[float, int | Other, int, int, int]] = []
         self._source = _Source(engine, ledger, meters)

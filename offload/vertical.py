@@ -34,8 +34,9 @@ from offload.parts import Parts
 from offload.passes import Before
 from offload.prefetch.trace import Need
 from offload.ring import InRing, Ring, run_in_turns
-from offload.steps import Kind, Mode
+from offload.steps import Kind
 from offload.tiers.spec import format_size
+from offload.track import Mode
 
 B = TypeVar("B")
 Work = Callable[[], Tensor]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offload.steps import RETIMED_AFTER, Kind
+from offload.steps import Kind
+from offload.track import RETIMED_AFTER
 from tests.conftest import Manager
 
 STEPS = RETIMED_AFTER[-1] + 4

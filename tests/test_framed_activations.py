@@ -295,6 +295,18 @@ def while_there_is_room_to_gain(area: Any) -> None:
         pass
 
 
+def test_what_was_let_go_of_elsewhere_is_room_when_room_is_asked_for(wrapped: Any) -> None:
+    model, optimizer = start()
+    watched = wrapped("keep", model, optimizer, memory="4MiB")
+    engine = watched.device.engine
+    engine.take_other(64 * KIB, "what autograd's thread will let go of")
+    room_bytes = engine.ledger.room_bytes
+    assert not engine.tenants.relieve(True)
+    engine.given_back.append(64 * KIB)
+    assert engine.tenants.relieve(False)
+    assert engine.ledger.room_bytes == room_bytes + 64 * KIB
+
+
 # -- nothing is left --------------------------------------------------------------------------
 
 

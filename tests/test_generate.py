@@ -17,9 +17,10 @@ from offload.config import Tuning
 from offload.prefetch.planner import plan
 from offload.prefetch.uses import find_uses
 from offload.run import Runtime
-from offload.steps import CACHE_GROWTH, FORMS, GROWTH, Kind, Mode
+from offload.steps import CACHE_GROWTH, FORMS, GROWTH, Kind
 from offload.tiers.home import Backing, HomeSpace
 from offload.tiers.spec import KIB, MIB, Machine
+from offload.track import Mode
 from tests.conftest import CHUNK_BYTES, MACHINE, ZOO, Manager
 
 NEW_TOKENS = 7

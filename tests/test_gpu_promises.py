@@ -19,11 +19,12 @@ from torch import Tensor, nn
 import offload
 from offload.config import Tuning
 from offload.outgoing import Outgoing, Reads
-from offload.steps import RETIMED_AFTER, Kind
+from offload.steps import Kind
 from offload.tiers.arena import DeviceArena, PageMemory
 from offload.tiers.copy import PlainCopier
 from offload.tiers.lane import ThreadLane
 from offload.tiers.spec import MIB, Machine
+from offload.track import RETIMED_AFTER
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
