@@ -9,12 +9,10 @@ import time
 from typing import Protocol
 
 from offload.engine import Engine
-from offload.prefetch.policy import Link
+from offload.prefetch.policy import PASSES, Link
 from offload.prefetch.trace import Trace
 from offload.swap_disk import SwapStore
 from offload.tiers.spec import Machine
-
-CHUNK_PASSES = 6  # over memory, that a chunk costs the processor which leaves and comes back
 
 
 class Below(Protocol):
@@ -74,11 +72,13 @@ class DiskBelow:
     def displace_s_per_byte(self) -> float:
         """The disk's part is hidden as far as the disk is idle; the processor's is not.
 
-        That is checksums, pages moved, compute threads held up.
+        That is checksums, pages moved, compute threads held up: as for activations that are
+        swapped. With a third of it "auto" moved 64 MiB a step for two units more that it kept, and
+        was 5% slower than running all again (docs/log.md).
         """
         machine = self._machine
         disk_s = 1 / machine.read_bytes_per_s + 1 / machine.write_bytes_per_s
-        return self._busy * disk_s + CHUNK_PASSES / machine.copy_bytes_per_s
+        return self._busy * disk_s + 2 * PASSES / machine.copy_bytes_per_s
 
     def _now(self, swapped_bytes: int) -> tuple[float, int, int, int]:
         lanes = self._engine.space.lanes

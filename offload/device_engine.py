@@ -29,12 +29,16 @@ from offload.tiers.spec import GIB, format_size
 
 
 class DeviceEngine(Engine):
-    """The engine of the device level: chunks in use by tensors are not for eviction."""
+    """The engine of the device level: chunks in use by tensors are not for eviction.
 
-    def __init__(self, space: DeviceSpace, ledger: Ledger) -> None:
+    ``lasting``: whether copies outlive passes. Else what only the next step uses is not fetched.
+    """
+
+    def __init__(self, space: DeviceSpace, ledger: Ledger, *, lasting: bool = False) -> None:
         # DeviceSpace has all that Engine asks of a HomeSpace without a disk below.
         super().__init__(cast(HomeSpace, space), ledger)
         self.frames = space
+        self._lasting = lasting
         self.counters.stall_s["download"] = 0.0  # for gradients that were sent
         self.counters.below = space.host_counters
         self.given_back: deque[int] = deque()  # bytes of activations; any thread may append
@@ -124,7 +128,12 @@ class DeviceEngine(Engine):
         # chunk would soon be there twice.
         viewed = {c for c in ops.drops if self._is_viewed(c)}
         self._put_off |= viewed
-        super()._issue(Ops(tuple(c for c in ops.drops if c not in viewed), ops.loads))
+        drops = tuple(c for c in ops.drops if c not in viewed)
+        super()._issue(Ops(drops, tuple(c for c in ops.loads if self._is_used(c))))
+
+    def _is_used(self, chunk: int) -> bool:
+        """Whether a copy would be used before it is given up."""
+        return self._lasting or self.follower is None or self.follower.comes_again(chunk)
 
     def _abandon_a_load(self, keep: set[int]) -> bool:
         """Before the last resort is to refuse: weights that live here can go home."""
@@ -142,7 +151,8 @@ class DeviceEngine(Engine):
 
     def _queue_again(self) -> None:
         assert self.follower is not None
-        wanted = (self._owed | set(self._queue)) - self._resident.keys()
+        owed = {c for c in self._owed if self._is_used(c)}
+        wanted = (owed | set(self._queue)) - self._resident.keys()
         self._queue.clear()
         self._queue.extend(sorted(wanted, key=self.follower.next_use))
         self._owed.clear()

@@ -142,11 +142,11 @@ def build_device(
     space = DeviceSpace(arena, _lane("h2d", tuning, 1 + pinned), copier, host)
     chunk_bytes = tuning.device_chunk_bytes or choose_frame_bytes(budget_bytes)
     add_families(space, binding, place.dtype, chunk_bytes)
-    engine = DeviceEngine(space, Ledger(budget_bytes, arena, _buffer_bytes(model)))
+    ledger = Ledger(budget_bytes, arena, _buffer_bytes(model))
+    engine = DeviceEngine(space, ledger, lasting=tuning.trust_versions)
     planner = _planner(engine, tuning) if tuning.prefetch else None
     steps = Steps(engine, planner, may_fit=False, tapes=tuning.tapes)
     if place.device.type == "cuda":
-        ledger = engine.ledger
         ledger.heap = Heap(lambda: 0, kept_bytes=1 << 62)  # malloc has no part in this memory
         steps.watch = AllocatorWatch(
             lambda: ledger.used_bytes, lambda: ledger.peak_bytes, place.device

@@ -109,6 +109,11 @@ class Follower:
         begin, self.cursor = self.cursor + 1, len(self.plan.ops) - 1
         return list(self.plan.ops[begin:])
 
+    def comes_again(self, chunk: int) -> bool:
+        """Whether the rest of this step uses a chunk."""
+        uses = self._uses.get(chunk)
+        return uses is not None and uses[-1] > self.cursor
+
     def next_use(self, chunk: int) -> int:
         """How many moments until this chunk is used next, round the cycle; huge when never."""
         uses = self._uses.get(chunk)

@@ -25,7 +25,7 @@ _PARTS = (0.25, 0.5, 0.75, 1.0)  # of a unit that may be swapped, the rest being
 # Passes over memory that a transfer costs beside the disk's own: copy, checksum, pages made and
 # freed, and both compute threads held up at their next barrier. On two cores swapping everything
 # cost 1.0 s for each GB written and read back, with nothing hidden.
-_PASSES = 9
+PASSES = 9
 _CELLS = 48  # of the table, in each of its two directions
 _KEPT_CELLS = 256  # where nothing is swapped, so that there is but one
 _WORTH_SHARE = 0.02  # of a rerun's time: results that save less are not considered
@@ -343,5 +343,5 @@ def _added_s(state: _State, units: Sequence[Unit], room: Room, link: Link | None
     out_s, in_s = link.seconds(moved)
     out_s -= link.free_share * forward_s
     in_s -= link.free_share * link.backward_share * forward_s
-    processor_s = 2 * _PASSES * moved / link.copy_bytes_per_s
+    processor_s = 2 * PASSES * moved / link.copy_bytes_per_s
     return added_s + processor_s + max(out_s, 0.0) + max(in_s, 0.0)

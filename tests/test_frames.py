@@ -16,8 +16,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from offload.steps import Kind
 from offload.tiers.arena import DeviceArena, PageMemory
+from offload.tiers.spec import KIB
 from tests.framed import Watched, adamw, seeded, tuning
+from tests.test_gpu_promises import mlp
 
 STEPS = 4
 
@@ -189,6 +192,25 @@ def test_trusting_versions_spares_uploads_and_sees_ordinary_writes(
             assert torch.equal(model(input_ids=ids).logits, first * 2)
         watched.close()
     assert uploads[1] < uploads[0] / 2
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_what_only_the_next_pass_uses_comes_where_copies_outlive_passes(trust: bool) -> None:
+    model = mlp()
+    how = tuning(None, device_chunk_bytes=80 * KIB, chunk_bytes=64 * KIB, trust_versions=trust)
+    watched = Watched(model, None, memory="300KiB", host="8MiB", how=how)
+    engine = watched.device.engine
+    with torch.no_grad():
+        for _ in range(4):
+            model(torch.ones(8, 128))
+    trace = watched.device.steps.tracks[Kind.INFER].trace
+    assert trace is not None
+    first = [n.chunk for m in trace.moments[:2] for n in m.needs]
+    there = {*engine._resident, *(c.id for c in engine.frames.loads())}
+    assert there.issuperset(first) is trust
+    assert bool(there) is trust
+    assert engine.counters.planned_loads > 0
+    watched.close()
 
 
 def test_a_frame_is_free_only_when_no_tensor_refers_to_it() -> None:
