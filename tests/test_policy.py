@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload.below import DiskBelow
 from offload.prefetch.policy import Choice, Link, Part, Room, Unit, Way, decide, predict
+from offload.tiers.lane import Meter
+from offload.tiers.spec import Machine
 
 MIB = 1 << 20
 LINK = Link(2e9, 2e9, 1.0, 1e10)
@@ -207,3 +212,20 @@ def test_a_tier_beyond_only_adds_seconds(
         predict(units, choices, room, near).added_s
         <= predict(units, choices, room, link).added_s + 1e-12
     )
+
+
+def test_a_chunk_that_leaves_and_comes_back_costs_what_a_swapped_activation_does() -> None:
+    """The processor's part; an idle disk hides its own."""
+    machine = Machine(2e9, 2e9, 1e9, 1e9, 8e9)
+    lanes = {name: SimpleNamespace(meter=Meter()) for name in ("read", "write")}
+    engine: Any = SimpleNamespace(space=SimpleNamespace(lanes=lanes))
+    below = DiskBelow(engine, machine, store=cast(Any, None))
+    idle = below.displace_s_per_byte
+    swapped = [Unit(1.0, MIB, 0, recomputable=False)]
+    all_out = [Choice(Way.SWAP, 1.0)]
+    assert idle * MIB == pytest.approx(
+        predict(swapped, all_out, Room(4 * MIB), below.link()).added_s
+    )
+    lanes["read"].meter.moved_bytes = 10**12
+    below.look(cast(Any, None), 0)  # what it moved cannot have left it idle
+    assert below.displace_s_per_byte == pytest.approx(idle + 1 / 2e9 + 1 / 2e9)
