@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from offload import vectormath
 from offload.activations import Means, find_units
 from offload.attach import How, attach
 from offload.bind import (
@@ -57,6 +58,7 @@ from offload.tiers.layout import choose_chunk_bytes
 from offload.tiers.probe import cached_probe
 from offload.tiers.spec import Machine, format_size
 
+vectormath.settle()  # at once: the user's own first steps are to have the same bits, too
 M = TypeVar("M", bound=nn.Module)
 DISK_WORKERS = 2  # per direction: one transfer saturates the disk, a second hides the hand-over
 
