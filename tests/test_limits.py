@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import offload
+from offload import limits
 from offload.config import Tuning
+from offload.prefetch.trace import Access, Moment, Need, Phase, Trace
+from offload.prefetch.variants import Saving
 from offload.report import report_data
 from offload.run import Runtime
 from offload.steps import Kind
@@ -154,3 +158,18 @@ def test_inference_in_frames_has_a_bound_for_each_form(tmp_path: Path) -> None:
     (form,) = stats["forms"].values()
     assert form["bound_s"] == stats["bound_s"]
     offload.runtime(model).close()
+
+
+@pytest.mark.parametrize("lacking_bytes", [None, -4096, 0, 4096])
+def test_more_device_memory_is_proposed_only_where_some_is_lacking(
+    lacking_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = Trace((Moment(Phase.FORWARD, (Need(0, Access.READ),), 1.0, 0),), (1,), {})
+    track = SimpleNamespace(trace=trace)
+    residents = SimpleNamespace(kind=Kind.TRAIN, lacking_bytes=lambda _: lacking_bytes)
+    device = SimpleNamespace(residents=residents, steps=SimpleNamespace(tracks={Kind.TRAIN: track}))
+    parts: Any = SimpleNamespace(device=device)
+    monkeypatch.setattr(limits, "limit_of", lambda *_: SimpleNamespace(bound_s=3.0))
+    found = limits.more_device_memory(parts, Kind.TRAIN)
+    assert (found is not None) is (lacking_bytes == 4096)
+    assert found in (None, Saving(4096, 1.0, 2.0))
