@@ -80,7 +80,7 @@ def calibrate(config: Any, weight_dtype: str | None, folder: Path, machine: Mach
         weights = read_shape(config, weight_dtype).weights
         products = _products(model, weights)
         elements = weights.touched_elements(1) * len(layers_of(model))
-        shared = contention(lambda: _run(model, BESIDE_TOKENS), folder, machine.read_bytes_per_s)
+        shared = contention(lambda: _run(model, BESIDE_TOKENS), folder)
         # Chunks as in a run with half of the weights in memory.
         chunk_bytes = choose_chunk_bytes(weights.pass_bytes // 4, 2)
         tuning = Tuning(chunk_bytes=chunk_bytes, machine=machine, keep_hooks=True)

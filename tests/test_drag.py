@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe of milliseconds."""
     monkeypatch.setattr(drag_probe, "ALONE_S", 0.005)
     monkeypatch.setattr(drag_probe, "BESIDE_S", 0.02)
+    monkeypatch.setattr(drag_probe, "PAUSE_S", 0.005)
     monkeypatch.setattr(drag_probe, "FILE_BYTES", 32 * MIB)
 
 
@@ -69,11 +72,33 @@ def test_reading_goes_on_beside_the_work(tmp_path: Path, monkeypatch: pytest.Mon
         return real(disk, address, size_bytes, offset)
 
     monkeypatch.setattr(SpillFile, "read", read)
-    drag, disk_drag = contention(lambda: sum(range(10_000)), tmp_path, 1e9)
+    drag, disk_drag = contention(lambda: sum(range(10_000)), tmp_path)
     assert drag >= 0
     assert 0 <= disk_drag <= 1
     assert offsets  # read at all, and checksummed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lone_rate_of_the_disk_is_of_the_same_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk at half its pace beside the work, whatever that pace is."""
+    monkeypatch.setattr(drag_probe, "FILE_BYTES", 32 * MIB)
+    monkeypatch.setattr(drag_probe, "ALONE_S", 0.2)
+    working = threading.Event()
+
+    def read(*_: object) -> int:
+        time.sleep(0.04 if working.is_set() else 0.02)
+        return 0
+
+    def work() -> None:
+        working.set()
+        time.sleep(0.1)
+        working.clear()
+
+    monkeypatch.setattr(SpillFile, "read", read)
+    _, disk_drag = contention(work, tmp_path)
+    assert 0.3 < disk_drag < 0.7
 
 
 @pytest.mark.usefixtures("quick")
@@ -83,7 +108,7 @@ def test_a_failed_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(SpillFile, "read", read)
     with pytest.raises(OSError, match="broken"):
-        contention(lambda: None, tmp_path, 1e9)
+        contention(lambda: None, tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["drag", "disk_drag", "handling_s", "pass_s"])

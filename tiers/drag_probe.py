@@ -20,17 +20,16 @@ from offload.tiers.spec import MIB
 BLOCK_BYTES = 8 * MIB  # a chunk where nothing is trained
 WORKERS = 2  # as the engine's read lane has
 FILE_BYTES = 256 * MIB
-ALONE_S, BESIDE_S = 0.35, 0.5  # of each round
+ALONE_S, BESIDE_S, PAUSE_S = 0.35, 0.5, 0.05  # of each round
 
 
-def contention(
-    work: Callable[[], object], folder: Path, read_bytes_per_s: float, rounds: int = 3
-) -> tuple[float, float]:
-    """(drag, disk_drag) as in `Compute`, with ``work`` as what computes; some three seconds.
+def contention(work: Callable[[], object], folder: Path, rounds: int = 3) -> tuple[float, float]:
+    """(drag, disk_drag) as in `Compute`, with ``work`` as what computes; some four seconds.
 
-    In each round ``work`` is repeated alone, then beside workers that read blocks of a spill file
-    in ``folder`` with their checksums as fast as they can; the median of the rounds.
-    ``read_bytes_per_s``: the disk's lone rate. Raises DiskFull where 256 MiB cannot be had.
+    In each round ``work`` is repeated alone; then workers read blocks of a spill file in ``folder``
+    with their checksums as fast as they can, alone and beside ``work``; the median of the rounds.
+    The disk's rate of another minute would not do for the lone one: what computing takes from
+    reading is less than what that changes by. Raises DiskFull where 256 MiB cannot be had.
     """
     found = []
     with _reading(folder) as (busy, moved):
@@ -38,14 +37,18 @@ def contention(
         for _ in range(rounds):
             alone, alone_s = _repeat(work, ALONE_S)
             busy.set()
-            work()  # until the readers are under way
-            before_bytes = sum(moved)
+            time.sleep(PAUSE_S)  # until the readers are under way
+            start_bytes = sum(moved)
+            _, lone_s = _repeat(lambda: time.sleep(PAUSE_S), ALONE_S)
+            lone_bytes = max(sum(moved) - start_bytes, BLOCK_BYTES)
+            work()
+            start_bytes = sum(moved)
             beside, beside_s = _repeat(work, BESIDE_S)
-            read_bytes = max(sum(moved) - before_bytes, BLOCK_BYTES)
+            read_bytes = max(sum(moved) - start_bytes, BLOCK_BYTES)
             busy.clear()
-            time.sleep(0.05)  # what is being read is read to its end
+            time.sleep(PAUSE_S)  # what is being read is read to its end
             work_s = beside * alone_s / alone
-            found.append(costs(beside_s, work_s, read_bytes / read_bytes_per_s))
+            found.append(costs(beside_s, work_s, read_bytes * lone_s / lone_bytes))
     drag, disk_drag = (statistics.median(f[i] for f in found) for i in (0, 1))
     return drag, disk_drag
 
