@@ -1,4 +1,7 @@
-"""Is the forecast of `offload plan --task generate` right? Plan and run by turns, each made anew.
+"""Is the forecast of `offload plan --task generate` right? Plan and run by turns.
+
+Each plan measures the machine anew, and the run that follows has the rates that it measured: its
+bound, and how many rows it takes at once, are of the same minute.
 
 Cases of a Llama of 364 M parameters that does not fit its budget: one prompt and 32 in float32
 (the run: bench/throughput.py, in its memory cgroup), and weights in int4 computed with in bfloat16
@@ -37,7 +40,7 @@ CASES: dict[str, tuple[int, str, list[str], tuple[int, int, int]]] = {
 }
 
 
-def foretold_s(case: str, folder: Path, disk: Path) -> float:
+def foretold_s(case: str, folder: Path, disk: Path, env: dict[str, str]) -> float:
     """Seconds of a one-token pass by a plan whose rates are measured now."""
     rows, budget, settings, (layers, inner, heads) = CASES[case]
     LlamaConfig(
@@ -51,27 +54,26 @@ def foretold_s(case: str, folder: Path, disk: Path) -> float:
         "--prompt-count", str(rows), "--prompt-tokens", str(TOKENS),
         "--max-new-tokens", str(TOKENS), "--no-advice", *settings,
     ]  # fmt: skip
-    env = {**os.environ, "XDG_CACHE_HOME": str(folder / "measured anew")}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-    shutil.rmtree(folder / "measured anew")
     policy = json.loads(done.stdout.splitlines()[-1])["policy"]
     return float(policy["times"]["pass_s"])
 
 
-def measured(case: str, disk: Path) -> tuple[float, float]:
+def measured(case: str, disk: Path, env: dict[str, str]) -> tuple[float, float]:
     """Seconds of a one-token pass of the run, and over its bound."""
     rows, budget, settings, _ = CASES[case]
     if settings:
         told = ["decode", "--ways", "int4", "--budget", budget, "--disk", str(disk)]
         command = [sys.executable, str(HERE / "quantised.py"), *told]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
         row: dict[str, Any] = ast.literal_eval(done.stdout.splitlines()[-1])
         return row["token_s"], row["over_own_bound"]
     command = [
         sys.executable, str(HERE / "throughput.py"), "--child", str(rows), "--budget", budget,
         "--disk", str(disk), "--prompt", str(TOKENS), "--new", str(TOKENS),
     ]  # fmt: skip
-    row = run_in_cgroup(command, parse_size("800MiB"))["lines"][-1]
+    variables = [f"{k}={v}" for k, v in env.items() if os.environ.get(k) != v]
+    row = run_in_cgroup(["env", *variables, *command], parse_size("800MiB"))["lines"][-1]
     return row["step_s"], row["over_bound"]
 
 
@@ -88,8 +90,11 @@ def main() -> None:
         folder = Path(name)
         for turn in range(args.turns):
             for case in names:
-                said_s = foretold_s(case, folder, args.disk)
-                took_s, over_bound = measured(case, args.disk)
+                kept = folder / "measured anew"
+                env = {**os.environ, "XDG_CACHE_HOME": str(kept)}
+                said_s = foretold_s(case, folder, args.disk, env)
+                took_s, over_bound = measured(case, args.disk, env)
+                shutil.rmtree(kept)
                 found[case].append(
                     {"foretold_s": said_s, "measured_s": took_s, "over_bound": over_bound}
                 )
