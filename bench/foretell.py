@@ -1,7 +1,7 @@
 """Is the forecast of `offload plan --task generate` right? Plan and run by turns.
 
-Each plan measures the machine anew, and the run that follows has the rates that it measured: its
-bound, and how many rows it takes at once, are of the same minute.
+Each plan measures the machine anew, and the run that follows has the disk's rates that it measured:
+its bound is of the same minute.
 
 Cases of a Llama of 364 M parameters that does not fit its budget: one prompt and 32 in float32
 (the run: bench/throughput.py, in its memory cgroup), and weights in int4 computed with in bfloat16
