@@ -61,14 +61,14 @@ def kept_calibration(
 
 def _kept_at(config: Any, weight_dtype: str | None, folder: Path, machine: Machine) -> Path:
     said = {k: v for k, v in sorted(config.to_dict().items()) if k not in ("_name_or_path",)}
-    rates = machine.to_dict()  # what the costs of sharing are told in: new rates, new costs
+    rates = machine.to_dict()  # the managed sample is planned by them
     asked = [said, weight_dtype, torch.get_num_threads(), torch.__version__, rates]
     name = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
     return remembered_at(folder, f"compute-{name}")
 
 
 def calibrate(config: Any, weight_dtype: str | None, folder: Path, machine: Machine) -> Compute:
-    """Measure; some fifteen seconds. Needs memory for some layers, 192 MiB of them or two, and half
+    """Measure; some twenty seconds. Needs memory for some layers, 192 MiB of them or two, and half
     as much again.
 
     ``machine``: the rates of the disk under ``folder``, where 256 MiB are read, or as much as the
