@@ -13,6 +13,7 @@ import offload
 from offload.blockcaches import KVAsked
 from offload.errors import BudgetError, OffloadError
 from offload.generateconfig import build_generate
+from offload.kvdevice import DeviceTable
 from offload.places import BlockPlan
 from offload.settings import InputError
 from offload.tiers.spec import KIB, MIB
@@ -275,4 +276,18 @@ def test_streams_wait_for_each_other(
     assert len(frames & fake.written.keys()) > 2, "blocks were copied by the copier of the weights"
     assert bool(fake.races) == bool(broken)
     cache.close()
+    watched.close()
+
+
+def test_copies_on_the_device_are_asked_for_where_it_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(DeviceTable, "relieve", lambda _, desperate: asked.append(desperate))
+    watched = wrapped(tmp_path)
+    open_cache(watched, attention="device")
+    watched.device.engine.tenants.relieve(True)
+    assert asked == [True]
+    watched.runtime.parts.engine.tenants.relieve(True)
+    assert asked == [True], "the host's engine asks those who have the host's memory"
     watched.close()
