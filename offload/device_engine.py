@@ -80,7 +80,7 @@ class DeviceEngine(Engine):
 
     def _coming_bytes(self) -> int:
         coming = super()._coming_bytes()
-        if self.follower is None and self.phase.in_backward:
+        if self.follower is None and self._phase.in_backward:
             return max(coming, self.passing_bytes)
         return coming
 
@@ -98,7 +98,7 @@ class DeviceEngine(Engine):
     def retire(self) -> None:
         """No copy of a weight is kept. Those that the plan would have kept are fetched again."""
         self.collect()
-        gone = [*self._resident, *(c.id for c in self.frames.loads())]
+        gone = [*self.moves.resident, *(c.id for c in self.frames.loads())]
         for c in gone:
             self._discard(self.frames.chunks[c])
         self._last = ()
@@ -142,7 +142,7 @@ class DeviceEngine(Engine):
     def _drop_late(self) -> None:
         for c in [c for c in self._put_off if not self._is_viewed(c)]:
             self._put_off.discard(c)
-            if c in self._resident:
+            if c in self.moves.resident:
                 self._discard(self.frames.chunks[c])
 
     def _is_viewed(self, chunk: int) -> bool:
@@ -152,7 +152,7 @@ class DeviceEngine(Engine):
     def _queue_again(self) -> None:
         assert self.follower is not None
         owed = {c for c in self._owed if self._is_used(c)}
-        wanted = (owed | set(self._queue)) - self._resident.keys()
+        wanted = (owed | set(self._queue)) - self.moves.resident.keys()
         self._queue.clear()
         self._queue.extend(sorted(wanted, key=self.follower.next_use))
         self._owed.clear()
@@ -161,7 +161,7 @@ class DeviceEngine(Engine):
         if chunk.loading is not None:
             self.frames.abandon_load(chunk)
         else:
-            self._forget(chunk, dead=False)
+            self.moves.forget(chunk, dead=False)
 
     def collect(self) -> None:
         """Notice what was let go of, perhaps on another thread: views and activations."""
@@ -183,15 +183,9 @@ class DeviceEngine(Engine):
         self.collect()
         super().make_room_for(size_bytes, what)
 
-    def _forget(self, chunk: Chunk, *, dead: bool) -> None:
-        try:
-            super()._forget(chunk, dead=dead)
-        finally:
-            self._resident.pop(chunk.id, None)  # gone even where its dropping had to complain
-
     def _victim(self, keep: set[int]) -> Chunk | None:
         """As on the host, of those that no tensor refers to: others would give no room."""
-        viewed = {c for c in self._resident if self._is_viewed(c)}
+        viewed = {c for c in self.moves.resident if self._is_viewed(c)}
         return super()._victim(keep | viewed)
 
     def _refuse(self, size_bytes: int, keep: set[int], what: str) -> NoReturn:

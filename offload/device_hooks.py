@@ -112,8 +112,8 @@ class DeviceHooks:
             self._end_pass()
             self._grads.nothing_in_flight()
             check_parameters(module, self._binding)
-            self._host.trust.hooks = has_user_hooks(module)
-            self._device.engine.frames.scrutiny.careful = self._host.trust.hooks
+            self._host.moves.trust.hooks = has_user_hooks(module)
+            self._device.engine.frames.scrutiny.careful = self._host.moves.trust.hooks
             kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
             call = call_of("", args, kwargs)
             if kind is Kind.TRAIN and self._levels[0].current is None:

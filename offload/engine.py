@@ -8,15 +8,13 @@ one thread; lane workers only move bytes.
 from __future__ import annotations
 
 import contextlib
-import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import TypeVar
 
 from offload.counters import Counters
 from offload.errors import SpillError
 from offload.ledger import Ledger, Other
+from offload.moves import Moves
 from offload.outlook import Outlook
 from offload.prefetch.plan import Ops
 from offload.prefetch.trace import Access, Need, Phase
@@ -24,35 +22,29 @@ from offload.record import Follower, Recorder
 from offload.tape import Mark, Tape
 from offload.tenants import Tenants
 from offload.tiers.home import Backing, Chunk, HomeSpace
-from offload.trust import Trust
-
-T = TypeVar("T")
 
 
 class Engine:
-    """Residency of one home space under one ledger.
-
-    ``is_dead``: tells whether a chunk's contents matter to nobody (a cleared gradient).
-    """
+    """Decides what is in memory, of one home space under one ledger. ``is_dead``: see Moves."""
 
     def __init__(
         self, space: HomeSpace, ledger: Ledger, is_dead: Callable[[int], bool] = lambda _: False
     ) -> None:
         self.space = space
         self.ledger = ledger
-        self.counters = Counters()
+        self.moves = Moves(space, ledger, is_dead)
+        self.outlook = Outlook()
+        self.tenants = Tenants()
         self.recorder: Recorder | None = None
         self.follower: Follower | None = None
         self.tape: Tape | None = None  # while somebody records what a step does
-        self.is_dead = is_dead
-        self._resident: OrderedDict[int, None] = OrderedDict()  # least recently needed first
-        self._leaving: dict[int, Chunk] = {}  # being written, to be dropped after
         self._queue: deque[int] = deque()  # planned loads that wait for room
-        self._last: tuple[Need, ...] = ()
-        self.phase = Phase.FORWARD
-        self.trust = Trust()
-        self.outlook = Outlook()
-        self.tenants = Tenants()
+        self._last: tuple[Need, ...] = ()  # what this moment was promised
+
+    @property
+    def counters(self) -> Counters:
+        """What happened so far."""
+        return self.moves.counters
 
     # -- the steady state -------------------------------------------------------------------
 
@@ -63,7 +55,7 @@ class Engine:
         """
         if self._covered(needs):
             return
-        self.phase = phase
+        self.moves.trust.phase = phase
         if self.tape is not None:
             self.tape.enter()
         if self.recorder is not None:
@@ -90,53 +82,43 @@ class Engine:
         return all(
             any(n.chunk == m.chunk and (n.access == m.access or n.access is Access.READ)
                 for m in self._last)
-            and n.chunk in self._resident
-            and n.chunk not in self._leaving
+            and self.moves.stays(n.chunk)
             for n in needs
         )  # fmt: skip
 
     def _serve(self, chunk: Chunk, access: Access, keep: set[int]) -> None:
         if self.space.disk is None:
             return  # every chunk is in memory for good, and none is ever a victim
-        if chunk.id in self._leaving:
-            self._stay(chunk)
+        self.moves.stay(chunk)
         if chunk.loading is not None:
             # Where reading ahead failed the fault may have passed: it is read again, on demand.
             with contextlib.suppress(SpillError):
-                self._waiting("read", chunk, lambda: self._install(chunk))
+                self.moves.install(chunk)
         if chunk.backing is Backing.FILE and access is not Access.FRESH:
             self._make_room(chunk.size_bytes, keep)
             self.counters.demand_loads += 1
-            self._start_load(chunk)
-            self._waiting("read", chunk, lambda: self._install(chunk))
+            self.moves.start_load(chunk)
+            self.moves.install(chunk)
         elif chunk.backing is not Backing.RAM:
             self._make_room(chunk.size_bytes, keep)
-            self._prepare(chunk)
-            self.space.make_fresh(chunk)
-            self.ledger.see()
-        chunk.dirty |= access is not Access.READ
-        self._resident[chunk.id] = None
-        self._resident.move_to_end(chunk.id)
+            self.moves.make_fresh(chunk)
+        self.moves.used(chunk, access)
 
     def _issue(self, ops: Ops) -> None:
-        for c in ops.drops:
-            if c in self._resident and c not in self._leaving:
-                self._evict(self.space.chunks[c])
+        self._send_home(ops.drops)
         self._queue.extend(ops.loads)
 
     def _pump(self) -> None:
         """Finish evictions whose write is done; start queued loads for which there is room."""
-        for chunk in [c for c in self._leaving.values() if c.saving is not None and c.saving.done]:
-            self._finish_leaving(chunk)
+        self.moves.drop_written()
         while self._queue:
             chunk = self.space.chunks[self._queue[0]]
-            if chunk.id in self._leaving:
-                self._stay(chunk)
-            elif chunk.backing is Backing.FILE and chunk.loading is None:
+            self.moves.stay(chunk)
+            if chunk.backing is Backing.FILE and chunk.loading is None:
                 if self.ledger.room_bytes < chunk.size_bytes + self._coming_bytes():
                     return
                 self.counters.planned_loads += 1
-                self._start_load(chunk)
+                self.moves.start_load(chunk)
             self._queue.popleft()
 
     # -- room -------------------------------------------------------------------------------
@@ -163,34 +145,28 @@ class Engine:
         if self.follower is not None and self.follower.cursor >= 0:
             planned = self.follower.trace.moments[self.follower.cursor].other_bytes
             return max(planned - self.ledger.other_bytes, 0)
-        return self.outlook.largest_gradient_bytes if self.phase.in_backward else 0
+        return self.outlook.largest_gradient_bytes if self._phase.in_backward else 0
 
     def _hold_back(self, keep: set[int]) -> None:
         """Make that room where it can be had; where it cannot, taking it will say so."""
         coming = self._coming_bytes()
         while self.ledger.room_bytes < coming:
-            if self._leaving:
-                chunk = next(iter(self._leaving.values()))
-                self._waiting("write", chunk, partial(self._finish_leaving, chunk))
+            if self.moves.await_one():
                 continue
             victim = self._victim(keep | {n.chunk for n in self._last})
             if victim is None:
                 break
-            self._evict(victim)
+            self.moves.evict(victim)
         self.ledger.hold(coming)
 
     def _make_room(self, size_bytes: int, keep: set[int], what: str = "a chunk") -> None:
         while self.ledger.room_bytes < size_bytes:
-            if self.tenants.relieve(False):
-                continue
-            if self._leaving:
-                chunk = next(iter(self._leaving.values()))
-                self._waiting("write", chunk, partial(self._finish_leaving, chunk))
+            if self.tenants.relieve(False) or self.moves.await_one():
                 continue
             victim = self._victim(keep)
             if victim is not None:
                 self.counters.forced_evictions += self.follower is not None
-                self._evict(victim)
+                self.moves.evict(victim)
             elif not self._abandon_a_load(keep) and not self.tenants.relieve(True):
                 self._refuse(size_bytes, keep, what)
 
@@ -200,7 +176,7 @@ class Engine:
         What the previous moment needed goes last: its operation may still be reading.
         """
         recent = {n.chunk for n in self._last}
-        ids = [c for c in self._resident if c not in keep]
+        ids = [c for c in self.moves.resident if c not in keep]
         ids = [c for c in ids if c not in recent] or ids
         if not ids:
             return None
@@ -218,100 +194,23 @@ class Engine:
         self.space.abandon_load(chunk)
         return True
 
+    @property
+    def _phase(self) -> Phase:
+        return self.moves.trust.phase
+
     def _refuse(self, size_bytes: int, keep: set[int], what: str) -> None:
-        held = sum(self.space.chunks[c].size_bytes for c in keep & self._resident.keys())
+        held = sum(self.space.chunks[c].size_bytes for c in keep & self.moves.resident.keys())
         raise self.outlook.refusal(self.ledger, held, size_bytes, what)
 
-    # -- single moves -----------------------------------------------------------------------
-
-    def _evict(self, chunk: Chunk) -> None:
-        """Send a resident chunk home: at once where clean or dead, else after its write."""
-        if self.is_dead(chunk.id):
-            self._forget(chunk, dead=True)
-        elif not chunk.dirty and self._is_unchanged(chunk):
-            self._forget(chunk, dead=False)
-        else:
-            self.space.start_save(chunk)
-            self._leaving[chunk.id] = chunk
-
-    def _is_unchanged(self, chunk: Chunk) -> bool:
-        return self.trust.untouched(chunk.id) or self._waiting(
-            "checksum", chunk, lambda: self.space.unchanged(chunk)
-        )
-
-    def _finish_leaving(self, chunk: Chunk) -> None:
-        del self._leaving[chunk.id]
-        try:
-            self.space.finish_save(chunk)
-        except OSError:  # still resident and dirty: a fault that has passed costs nothing
-            self.space.start_save(chunk)
-            self._moving(chunk, "written to", lambda: self.space.finish_save(chunk))
-        # Where user code may have written since it is written again.
-        if not self.trust.quiet(self.phase) and not self.space.unchanged(chunk):
-            chunk.dirty = True
-        if chunk.dirty:
-            self._evict(chunk)
-        else:
-            self._forget(chunk, dead=False)
-
-    def _stay(self, chunk: Chunk) -> None:
-        """A chunk that was to leave is wanted again: let its write end, keep its pages."""
-        del self._leaving[chunk.id]
-        written = partial(self.space.finish_save, chunk)
-        self._waiting("write", chunk, partial(self._moving, chunk, "written to", written))
-
-    def _forget(self, chunk: Chunk, *, dead: bool) -> None:
-        self.space.drop(chunk, dead=dead)
-        self._resident.pop(chunk.id, None)
-        self.counters.evictions += 1
-
-    def _start_load(self, chunk: Chunk) -> None:
-        self._prepare(chunk)
-        self.trust.ordered(chunk.id)
-        self.space.start_load(chunk)
-        self.ledger.see()
-
-    def _prepare(self, chunk: Chunk) -> None:
-        pool = self.space.pool
-        self.ledger.prepare_frame(chunk.size_bytes, idle=pool.has_idle(chunk.size_bytes))
-
-    def _install(self, chunk: Chunk) -> None:
-        user_code = not self.trust.unseen(chunk.id, self.phase)
-        self._moving(chunk, "read from", lambda: self.space.install(chunk, user_code=user_code))
-        self._resident[chunk.id] = None
-        self.trust.came(chunk.id)
-
-    def _moving(self, chunk: Chunk, how: str, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except OSError as error:
-            raise SpillError(f"{chunk.label} could not be {how} the spill file: {error}") from error
-
-    def _waiting(self, cause: str, chunk: Chunk, work: Callable[[], T]) -> T:
-        """Do something that may block, charging the time to its cause."""
-        start_s = time.perf_counter()
-        try:
-            return work()
-        finally:
-            self.waited(cause, chunk.id, start_s)
-
-    def waited(self, cause: str, chunk: int, start_s: float) -> None:
-        """The loop has waited until now for a chunk (-1: for other bytes)."""
-        end_s = time.perf_counter()
-        self.counters.stall_s[cause] += end_s - start_s
-        if self.tape is not None:
-            self.tape.stalls.append((start_s, end_s, cause, chunk))
+    # -- boundaries -------------------------------------------------------------------------
 
     def await_compute(self) -> None:
         """Wait for what is computed. On the CPU it is over when its call returns."""
 
-    # -- boundaries -------------------------------------------------------------------------
-
     def settle(self) -> None:
         """Await every write, so that user code runs with no copy of anything in flight."""
-        while self._leaving:
-            chunk = next(iter(self._leaving.values()))
-            self._waiting("write", chunk, partial(self._finish_leaving, chunk))
+        while self.moves.await_one():
+            pass
 
     def leave_forward(self) -> None:
         """The model's forward pass is over: user code runs."""
@@ -331,10 +230,11 @@ class Engine:
         keep = follower.plan.resident_at_start
         spare_bytes = self.ledger.capacity_bytes - follower.plan.forecast.peak_bytes
         # What another step had in memory stays where this one leaves room: the latest used first.
-        for c in [c for c in reversed(self._resident) if c not in keep and c not in self._leaving]:
+        others = [c for c in self.moves.resident if c not in keep and self.moves.stays(c)]
+        for c in reversed(others):
             spare_bytes -= self.space.chunks[c].size_bytes
             if spare_bytes < 0:
-                self._evict(self.space.chunks[c])
+                self.moves.evict(self.space.chunks[c])
         # What the plan has in memory from the step before, but is not there (a first replay).
         missing = [c for c in keep if self.space.chunks[c].backing is Backing.FILE]
         self._queue.extend(sorted(missing, key=follower.next_use))
@@ -353,19 +253,22 @@ class Engine:
     def _end_moment(self) -> None:
         """Code of the user's ran or will run: nothing that was so is taken for granted."""
         self._last = ()
-        self.trust.forget()
+        self.moves.trust.forget()
 
     def evict(self, chunks: Iterable[int]) -> None:
         """Send these chunks home now (for tests, and for a device tier that needs the room)."""
-        for c in chunks:
-            if c in self._resident and c not in self._leaving:
-                self._evict(self.space.chunks[c])
+        self._send_home(chunks)
         self.settle()
+
+    def _send_home(self, chunks: Iterable[int]) -> None:
+        for c in chunks:
+            if self.moves.stays(c):
+                self.moves.evict(self.space.chunks[c])
 
     def evict_all(self) -> None:
         """Send everything home and free the frames."""
         self.forget_gone()
-        self.evict(list(self._resident))
+        self.evict(list(self.moves.resident))
         self.space.pool.trim()
 
     def give_up_loads(self) -> None:
@@ -379,5 +282,5 @@ class Engine:
         """Bring everything in flight to rest, without evicting: before closing or re-planning."""
         self._queue.clear()
         for chunk in list(self.space.loads()):
-            self._install(chunk)
+            self.moves.install(chunk)
         self.settle()

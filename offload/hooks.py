@@ -60,7 +60,7 @@ class Hooks:
                 engine.outlook.remedy = REMEDY
             units = {}
         self._signals = Signals(engine, binding, self._grads, self._pass, units, means)
-        engine.trust.alone = lambda: self._pass.known and self._pass.running()
+        engine.moves.trust.alone = lambda: self._pass.known and self._pass.running()
         self._root = [
             model.register_forward_pre_hook(Hook(self._enter_root), prepend=True, with_kwargs=True),
             model.register_forward_hook(Hook(self._leave_root), always_call=True),
@@ -152,7 +152,7 @@ class Hooks:
             return
         if kind is Kind.TRAIN:
             self._signals.begin_pass(call.extent)
-        hooked = self._engine.trust.hooks = has_user_hooks(self._model)
+        hooked = self._engine.moves.trust.hooks = has_user_hooks(self._model)
         infers = kind is Kind.INFER and not hooked
         self._pass.known = infers and is_known_but_for_hooks(self._model)
         if part:

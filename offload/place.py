@@ -156,7 +156,7 @@ def build_device(
     if place.own_memory:
         bus = Bus(copier, arena, space.lanes["read"], _lane("d2h", tuning))
         home_of = binding.homes.get if pinned else lambda _: None
-        outgoing = Outgoing(copier, bus.down, engine.waited, home_of)
+        outgoing = Outgoing(copier, bus.down, engine.counters.waited, home_of)
     settles = place.own_memory and tuning.residents
     return Device(
         place.device, place.dtype, engine, steps, tuning.trust_versions, settles, outgoing, bus=bus

@@ -82,7 +82,7 @@ class Signals:
             self.remove()
             # Gradients are then autograd's own tensors, in the room their homes leave.
             grads = [c for h in self._binding.homes.values() for c in h.grad_chunks]
-            self._engine.evict([c for c in grads if self._engine.is_dead(c)])
+            self._engine.evict([c for c in grads if self._engine.moves.is_dead(c)])
             self._engine.space.pool.trim()
             self._fetch_all()
         elif not fits and not self._handles:

@@ -241,7 +241,7 @@ class Steps:
             return  # a step may use none of our weights: the user's are in their place
         last = len(track.trace.moments) - 1
         touched = {n.chunk for m in track.trace.moments for n in m.needs}
-        dead = {c: last for c in touched if self._engine.is_dead(c)}
+        dead = {c: last for c in touched if self._engine.moves.is_dead(c)}
         track.trace = replace(track.trace, dead_after=dead)
         track.follower = Follower(track.trace, self._plan_for(track.trace))
         track.trial, track.stale = Trial(), False

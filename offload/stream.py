@@ -57,16 +57,17 @@ def write_tensors(
 @contextmanager
 def between_steps(engine: Engine) -> Iterator[None]:
     """Work on the engine that no step's trace or plan takes notice of."""
-    before = engine.recorder, engine.follower, engine.phase
+    trust = engine.moves.trust
+    before = engine.recorder, engine.follower, trust.phase
     engine.recorder = engine.follower = None
-    engine.phase = Phase.UPDATE
+    trust.phase = Phase.UPDATE
     try:
         yield
     finally:
         try:
             engine.settle()
         finally:
-            engine.recorder, engine.follower, engine.phase = before
+            engine.recorder, engine.follower, trust.phase = before
 
 
 def read_tensor(engine: Engine, tensor: Tensor) -> Iterator[memoryview]:

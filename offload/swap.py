@@ -247,7 +247,7 @@ class Parked:
         engine, start_s = self._area.engine, time.perf_counter()
         try:
             lane.wait(ticket)
-            engine.waited(cause, TICKET_ID, start_s)
+            engine.counters.waited(cause, TICKET_ID, start_s)
         except OSError as error:
             raise SpillError(
                 f"a saved activation could not be {how} the spill file: {error}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from offload.counters import Stall
 from offload.ledger import Ledger, Other
 from offload.prefetch.trace import Need, Phase
 from offload.record import Follower
@@ -87,7 +88,7 @@ class Tape:
         self.follower = follower
         self.ended_s = self._entered_s = began_s
         self.moments: list[tuple[float, float, Phase, tuple[Need, ...]]] = []  # from, to
-        self.stalls: list[tuple[float, float, str, int]] = []  # from, to, cause, chunk
+        self.stalls: list[Stall] = []
         self.marks: list[tuple[float, Mark, str]] = []
         self.lanes: dict[str, list[Span]] = {}  # of transfers that ended in the step
         self.before = Holding(
@@ -97,6 +98,7 @@ class Tape:
         self._samples: list[tuple[float, int | Other, int, int, int]] = []
         self._source = _Source(engine, ledger, meters)
         engine.tape = self
+        engine.counters.seen = self.stalls.append
         ledger.seen = engine.space.pool.seen = self._see
 
     @property
@@ -145,7 +147,7 @@ class Tape:
         """The step was interrupted: what follows is not its own."""
         engine = self._source.engine
         if engine.tape is self:
-            engine.tape = None
+            engine.tape = engine.counters.seen = None
             engine.ledger.seen = engine.space.pool.seen = None
 
     def samples(self) -> Iterable[Sample]:

@@ -16,6 +16,7 @@ class Trust:
     def __init__(self) -> None:
         self.hooks = True
         self.alone: Callable[[], bool] = lambda: False
+        self.phase = Phase.FORWARD  # of the present moment
         self._came_alone: set[int] = set()  # chunks, in the pass that runs
         self._ordered_alone: set[int] = set()
 
@@ -31,17 +32,18 @@ class Trust:
         if self.alone():
             self._came_alone.add(chunk)
 
-    def unseen(self, chunk: int, phase: Phase) -> bool:
+    def unseen(self, chunk: int) -> bool:
         """Whether nobody can have written to it while it was read."""
-        return phase.updates or (chunk in self._ordered_alone and self.alone())
+        return self.phase.updates or (chunk in self._ordered_alone and self.alone())
 
     def untouched(self, chunk: int) -> bool:
         """Whether nobody can have written to it since it came; False: it has to be compared."""
         return chunk in self._came_alone and self.alone()
 
-    def quiet(self, phase: Phase) -> bool:
+    @property
+    def quiet(self) -> bool:
         """Whether nobody writes to a chunk while the engine does."""
-        return phase.updates or (phase is Phase.BACKWARD and not self.hooks)
+        return self.phase.updates or (self.phase is Phase.BACKWARD and not self.hooks)
 
     def forget(self) -> None:
         """Code of the user's ran or will run: all that is in memory has to be compared."""

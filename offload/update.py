@@ -94,7 +94,7 @@ class UpdateStore:
         segments, needs = self._plans[group.index]
         if any(s.param.grad is not None for s in segments):
             # Gradients that are not in their homes (everything fits, or set by hand) need none.
-            live = tuple(n for n in needs if not self._engine.is_dead(n.chunk))
+            live = tuple(n for n in needs if not self._engine.moves.is_dead(n.chunk))
             self._engine.need(self.phase, live)
 
     def enter_all(self) -> bool:

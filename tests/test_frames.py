@@ -206,7 +206,7 @@ def test_what_only_the_next_pass_uses_comes_where_copies_outlive_passes(trust: b
     trace = watched.device.steps.tracks[Kind.INFER].trace
     assert trace is not None
     first = [n.chunk for m in trace.moments[:2] for n in m.needs]
-    there = {*engine._resident, *(c.id for c in engine.frames.loads())}
+    there = {*engine.moves.resident, *(c.id for c in engine.frames.loads())}
     assert there.issuperset(first) is trust
     assert bool(there) is trust
     assert engine.counters.planned_loads > 0

@@ -139,8 +139,8 @@ def test_homes_evicted_between_two_uses_make_no_second_copy(tmp_path: Path) -> N
     evicted: list[int] = []
 
     def evict(*_: object) -> None:
-        evicted.append(len(host._resident))
-        host.evict(list(host._resident))
+        evicted.append(len(host.moves.resident))
+        host.evict(list(host.moves.resident))
 
     model.between.register_forward_hook(evict)
     for _ in range(3):

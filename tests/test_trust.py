@@ -17,7 +17,7 @@ def test_a_write_beside_the_chunks_own_write_is_honoured(
     model = build_mlp()
     run = manage(model)
     engine = run.parts.engine
-    engine.phase = phase
+    engine.moves.trust.phase = phase
     weight = next(model.parameters())
     chunk = engine.space.chunks[run.parts.binding.homes[weight].weight_chunks[0]]
     writes = [torch.ones(())]
