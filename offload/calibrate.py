@@ -31,6 +31,8 @@ VOCABULARY = 256
 TOKENS = (1, 2, 8, 32, 128, 512)
 SAMPLE_BYTES = 192 * MIB  # of layers: more than a cache holds
 ROUNDS = 5
+# Of a configuration: a file has them and the model that was made from it may not, or otherwise.
+_NOT_OF_LAYERS = ("_name_or_path", "architectures", "dtype")
 BESIDE_TOKENS = 32  # computed with while the disk is read: with 1 and 128 the same comes out
 
 
@@ -60,9 +62,11 @@ def kept_calibration(
 
 
 def _kept_at(config: Any, weight_dtype: str | None, folder: Path, machine: Machine) -> Path:
-    said = {k: v for k, v in sorted(config.to_dict().items()) if k not in ("_name_or_path",)}
+    sample = few_layers(config, _sample_layers(config)).to_dict()
+    said = {k: v for k, v in sorted(sample.items()) if k not in _NOT_OF_LAYERS}
+    stored = weight_type(config, None), weight_dtype
     rates = machine.to_dict()  # the managed sample is planned by them
-    asked = [said, weight_dtype, torch.get_num_threads(), torch.__version__, rates]
+    asked = [said, stored, torch.get_num_threads(), torch.__version__, rates]
     name = hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:16]
     return remembered_at(folder, f"compute-{name}")
 

@@ -40,7 +40,10 @@ def measured(seen: Sequence[Seen]) -> list[Unit]:
     for s in seen:
         if s.rerun_s is not None:
             alike[s.saved_bytes].append(s)
-    again = {size: (_rerun_s(group), _parts(group)) for size, group in alike.items()}
+    again = {
+        size: (_rerun_s(group), _parts(group), 2 * median(s.handling_s for s in group))
+        for size, group in alike.items()
+    }
     return [
         Unit(s.forward_s, s.saved_bytes or 0, s.boundary_bytes, s.recomputable,
              *again.get(s.saved_bytes, (None, ())))

@@ -22,7 +22,7 @@ from offload.errors import OffloadError
 from offload.frozen import freeze, thaw
 from offload.internals import tree_flatten, tree_unflatten
 from offload.prefetch.policy import Part
-from offload.results import Again, Results, Stopwatch
+from offload.results import Again, Results, Stopwatch, handling_s
 from offload.saved import STALE, Packed, Saved, Visitor
 from offload.site import Saving, Site
 
@@ -56,7 +56,8 @@ class Seen:
     """What was measured of one run of a unit. ``saved_bytes`` None: not known yet.
 
     ``clock``: seconds without waiting for transfers, where its rerun is to be timed;
-    ``rerun_s`` and ``parts`` (operations of it) then follow.
+    ``rerun_s`` and ``parts`` (operations of it) then follow, and ``handling_s``, by which a mode
+    around its operations lengthens a run.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Seen:
     clock: Callable[[], float] | None = None
     rerun_s: float | None = None
     parts: tuple[Part, ...] = ()
+    handling_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -264,7 +266,9 @@ class Rerun:
                 yield
         finally:
             if watch is not None and clock is not None:
-                self._seen.rerun_s = clock() - began_s
+                took_s = clock() - began_s
+                self._seen.handling_s = watch.calls * handling_s()
+                self._seen.rerun_s = max(took_s - self._seen.handling_s, 0.0)
                 self._seen.parts = tuple(watch.parts)
 
     def _keep(self, index: int, tensor: Tensor) -> None:

@@ -7,8 +7,10 @@ ran before it. What each takes is measured while a unit is run again in a record
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -191,6 +193,7 @@ class Stopwatch(TorchDispatchMode):
     def __init__(self, clock: Callable[[], float], computing: Callable[[], bool]) -> None:
         super().__init__()
         self.parts: list[Part] = []
+        self.calls = 0
         self._clock = clock
         self._computing = computing
         self._names = Names()
@@ -198,6 +201,7 @@ class Stopwatch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        self.calls += 1
         if not allocates(func) or not self._computing():
             return func(*args, **(kwargs or {}))
         began_s = self._clock()
@@ -211,3 +215,27 @@ class Stopwatch(TorchDispatchMode):
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+@cache
+def handling_s(calls: int = 256, rounds: int = 5) -> float:
+    """Seconds that one operation takes longer under a mode as those above. Measured once.
+
+    The least of several rounds: other work on the machine only adds. What a dispatch mode costs
+    is Python's, so small operations on the CPU tell.
+    """
+    x = torch.zeros(1)
+
+    def round_s() -> float:
+        began_s = time.perf_counter()
+        for _ in range(calls):
+            torch.neg(x)
+        return time.perf_counter() - began_s
+
+    def watched_s() -> float:
+        with Stopwatch(time.perf_counter, lambda: True):
+            return round_s()
+
+    with torch.no_grad():
+        plain_s = min(round_s() for _ in range(rounds))
+        return max(min(watched_s() for _ in range(rounds)) - plain_s, 0.0) / calls

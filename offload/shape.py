@@ -92,7 +92,9 @@ def model_of(config: Any, dtype: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))  # type: ignore[no-any-return]
+        # Of a copy: the dtype is written into the configuration, which may be a live model's.
+        mine = copy.deepcopy(config)
+        return AutoModelForCausalLM.from_config(mine, dtype=getattr(torch, dtype))  # type: ignore[no-any-return]
     except ValueError as error:
         raise OffloadError(f"plan: not a causal language model: {error}") from error
 

@@ -56,7 +56,8 @@ class Unit:
     ``saved_bytes``: what keeping it holds beyond its inputs, ``boundary_bytes``: those inputs.
     ``recomputable``: whether running its forward once more is unseen by the user's code.
     ``rerun_s``: what that takes (it stops early; None: as long as the first time), ``parts``:
-    operations of it that could be left out.
+    operations of it that could be left out. ``handling_s``: what leaving any out adds, since every
+    operation of both runs then passes through our hands.
     """
 
     forward_s: float
@@ -65,6 +66,7 @@ class Unit:
     recomputable: bool = True
     rerun_s: float | None = None
     parts: tuple[Part, ...] = ()
+    handling_s: float = 0.0
 
     @property
     def again_s(self) -> float:
@@ -75,7 +77,8 @@ class Unit:
         """Bytes of these parts' results, and seconds of running the rest again."""
         kept = [p for p in self.parts if p.name in names]
         left_s = max(self.again_s - sum(p.seconds for p in kept), 0.0)
-        return sum(p.size_bytes for p in kept), left_s
+        handling_s = self.handling_s if kept else 0.0
+        return sum(p.size_bytes for p in kept), left_s + handling_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +233,8 @@ def _options(unit: Unit, link: Link | None) -> Iterator[tuple[Choice, int, int, 
             kept, seconds = unit.without(names[:count])
             if kept >= unit.saved_bytes:
                 break
+            if seconds >= unit.again_s:
+                continue  # so few save less than handling them takes
             yield Choice(Way.RECOMPUTE, parts=tuple(names[:count])), kept, 0, seconds
     if link is not None:
         for part in _PARTS:

@@ -152,11 +152,20 @@ def test_written_to_within_the_forward(zoo: Zoo, manage: Manager) -> None:
     assert zoo.same(train(model, optimizer, steps=3), expected)
 
 
-def test_auto_measures_reruns(zoo: Zoo, manage: Manager) -> None:
+@pytest.mark.parametrize("handling_s", [0.0, 1.0])
+def test_auto_measures_reruns(
+    zoo: Zoo, manage: Manager, monkeypatch: pytest.MonkeyPatch, handling_s: float
+) -> None:
+    """Without what measuring took: a second for each operation is more than all took."""
+    monkeypatch.setattr("offload.rerun.handling_s", lambda: handling_s)
     expected = train(*start(), rows=4 * ROWS)
     model, optimizer = start()
     run = manage(model, optimizer, activations="auto", disk=False, host_bytes=48 * MIB)
     assert zoo.same(train(model, optimizer, rows=4 * ROWS), expected)
     assert isinstance(run.parts.hooks, offload.hooks.Hooks)
     seen = run.parts.hooks.activations._chooser.profile.seen
-    assert any(s.rerun_s is not None and any("addmm" in p.name for p in s.parts) for s in seen)
+    again = [s for s in seen if s.rerun_s is not None]
+    assert any("addmm" in p.name for s in again for p in s.parts)
+    for s in again:
+        assert (s.rerun_s == 0.0) == (handling_s > 0)
+        assert s.handling_s >= handling_s * len(s.parts)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from offload import calibrate as module
 from offload.prefetch.generation import Rates, RowCost, Shape, Weights, Workload
@@ -109,6 +110,27 @@ def test_a_failed_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(SpillFile, "read", read)
     with pytest.raises(OSError, match="broken"):
         contention(lambda: None, tmp_path)
+
+
+def test_a_model_and_the_file_it_came_from_are_calibrated_once(tmp_path: Path) -> None:
+    sizes: Any = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "max_position_embeddings": 64,
+    }  # fmt: skip
+
+    def kept_at(config: Any, weight_dtype: str | None = None) -> Path:
+        return module._kept_at(config, weight_dtype, tmp_path, MACHINE)
+
+    bare = LlamaConfig(vocab_size=50, eos_token_id=None, **sizes)
+    asked_first = kept_at(bare)
+    assert asked_first == kept_at(LlamaConfig(dtype="float32", eos_token_id=None, **sizes))
+    LlamaForCausalLM(bare).save_pretrained(tmp_path)  # which writes more into the configuration
+    read = read_config(str(tmp_path))
+    assert asked_first == kept_at(read) == kept_at(LlamaForCausalLM(read).config)
+    wider = LlamaConfig(**sizes | {"hidden_size": 128})
+    halved = LlamaConfig(dtype="bfloat16", **sizes)
+    others = [kept_at(wider), kept_at(halved), kept_at(read, "int4"), kept_at(read)]
+    assert len(set(others)) == 4
 
 
 @pytest.mark.parametrize("missing", ["drag", "disk_drag", "handling_s", "pass_s"])

@@ -71,6 +71,7 @@ def test_shapes_are_exact(tmp_path: Path, tied: bool) -> None:
     assert weights.unit_bytes == 4 * 1024 * 256
     assert read_shape(config).rows.position_bytes == 2 * 8 * 128 * 4
     assert read_shape(config, "bfloat16").weights.total_bytes * 2 == weights.total_bytes
+    assert read_shape(config).weights == weights, "the configuration is as it was"
 
 
 def test_packed_weights_are_counted_as_they_are_stored(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 from typing import Any, cast
@@ -164,6 +165,21 @@ def test_parts_are_kept_where_whole_units_do_not_fit() -> None:
         )
     none = decide(units, Room(80 * MIB), None)
     assert none.added_s == pytest.approx(3 * 0.08)  # the last unit is kept for nothing
+
+
+def test_parts_that_save_less_than_handling_them_takes_are_not_kept() -> None:
+    units = [Unit(0.1, 80 * MIB, 0, rerun_s=0.08, parts=PARTS) for _ in range(4)]
+    room = Room(80 * MIB + 4 * 20 * MIB)
+    free = decide(units, room)
+    assert any(len(c.parts) == 2 for c in free.choices)
+    handled = [replace(u, handling_s=0.04) for u in units]  # one part saves 0.03, two 0.06
+    for choice in decide(handled, room).choices:
+        assert len(choice.parts) in (0, 2)
+    assert predict(handled, free.choices, room).added_s == pytest.approx(
+        free.added_s + 0.04 * sum(bool(c.parts) for c in free.choices)
+    )
+    dear = decide([replace(u, handling_s=0.07) for u in units], room)
+    assert not any(c.parts for c in dear.choices)
 
 
 def test_many_units_take_little_time() -> None:
