@@ -2,7 +2,8 @@
 
 Imported by contestants in any environment, peers' too: needs torch and transformers, nothing of
 ours. A contestant reads how many steps to take from stdin, one number a line; it prints a JSON
-line a step and one when it has done them. The end of stdin ends it.
+line a step and one when it has done them. A line that is a JSON object has the disk's rates of that
+moment, for its bounds. The end of stdin ends it.
 """
 
 from __future__ import annotations
@@ -102,13 +103,20 @@ def serve(
     ready: Callable[[], Callable[[torch.Tensor], torch.Tensor]],
     args: argparse.Namespace,
     stats: Callable[[], dict[str, Any]] = dict,
+    measured: Callable[[dict[str, float]], None] = lambda _: None,
 ) -> None:
-    """Make ready, then take the steps asked for. ``ready`` returns a step: ids in, loss out."""
+    """Make ready, then take the steps asked for. ``ready`` returns a step: ids in, loss out.
+
+    ``measured`` is told of rates of the disk.
+    """
     torch.set_num_threads(os.cpu_count() or 1)
     say(base_bytes=anonymous_bytes())
     step, source = ready(), batches(SHAPES[args.shape], args.tokens, args.rows)
     say(turn=0)
     for line in sys.stdin:
+        if line.startswith("{"):
+            measured(json.loads(line))
+            continue
         for _ in range(int(line)):
             ids, began_s = next(source), time.perf_counter()
             loss = step(ids)

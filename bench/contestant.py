@@ -10,6 +10,7 @@ from child import SHAPES, arguments, build, say, serve
 
 import offload
 from offload.errors import BudgetError
+from offload.tiers.spec import Machine
 from offload.vectormath import settle
 
 Step = Callable[[torch.Tensor], torch.Tensor]
@@ -76,9 +77,14 @@ def main() -> None:
     elif args.kind in ("plain", "checkpointing"):
         serve(lambda: plain(args.shape, checkpointing=args.kind == "checkpointing"), args)
     else:
+
+        def measured(rates: dict[str, float]) -> None:
+            """Bounds are of this minute from now on; plans stay."""
+            offload.runtime(held[0]).parts.machine = Machine(**rates)
+
         serve(
             lambda: managed(args, args.budget, held), args,
-            lambda: offload.runtime(held[0]).stats(),
+            lambda: offload.runtime(held[0]).stats(), measured,
         )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Does time fall with memory? Step time and its bound with 0 to 100% of the training state in RAM.
 
 The state is weights, gradients and two moments. A budget is the least that runs at all (staging,
-activations, the largest moment) plus the asked share of the state. One paired run; rates of the
-disk are probed anew before it. Bars: each step <= 1.15 x its bound_s, and less with more memory.
+activations, the largest moment) plus the asked share of the state. One paired run, plans and bounds
+as in bench/step.py. Bars: each step <= 1.15 x its bound_s, and less with more memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from child import SHAPES
 from record import append
 from rivals import compete
-from step import fresh_machine, judge, show
+from step import fresh_machine, judge, rates_now, show
 
 CONTESTANT = Path(__file__).parent / "contestant.py"
 
@@ -56,7 +56,7 @@ def main() -> None:
         least = args.least or least_bytes(args, Path(folder, "least"))
         budgets = {f"{p}%": least + p * state_bytes // 100 for p in args.percent}
         commands = {k: told(args.kind, args, Path(folder, k), b) for k, b in budgets.items()}
-        rows = compete(commands, args.rounds, args.steps)
+        rows = compete(commands, args.rounds, args.steps, measure=rates_now(args.disk))
     for name, row in rows.items():
         if "stats" in row:
             in_backward = args.kind == "offload-backward"

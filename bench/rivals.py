@@ -3,7 +3,8 @@
 All live at once, but only the one whose turn it is runs: the others are stopped (SIGSTOP), so that
 no thread of theirs spins and no read-ahead of theirs goes on. A turn is some consecutive steps, of
 which the first is not counted: it starts with queues that are not those of a steady loop. Rounds
-of turns in shuffled order, so that a drift of the machine hits all alike.
+of turns in shuffled order, so that a drift of the machine hits all alike. Who has
+bounds is told the disk's rates before each turn: a bound is of the minute of its steps.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import statistics
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from child import anonymous_bytes
 
+BOUNDS = ("bound_s", "wire_bound_s")
 WARM_STEPS = 9  # one recorded, eight replayed; the plan is final after the seventh
 Row = dict[str, Any]
 
@@ -50,13 +53,20 @@ class Rival:
         self._until_turn_ends()
         self._signal(signal.SIGSTOP)
 
-    def turn(self, steps: int, *, counted: bool) -> None:
+    @property
+    def bounded(self) -> bool:
+        """Whether it says how long a step must take at least."""
+        return self.error is None and any(e.get("stats", {}).get("bound_s") for e in self.events)
+
+    def turn(self, steps: int, rates: dict[str, float] | None = None, *, counted: bool) -> None:
         """Let it take some steps; the first of a counted turn is discarded."""
         if self.error is not None:
             return
         self._signal(signal.SIGCONT)
         assert self._process.stdin is not None
         seen = len(self.events)
+        if rates is not None:
+            self._process.stdin.write(json.dumps(rates) + "\n")
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
         self._until_turn_ends()
@@ -79,6 +89,7 @@ class Rival:
         return {
             "step_s": statistics.median(s for turn in times for s in turn),
             "turns_s": [statistics.median(turn) for turn in times],
+            "turns_bounds": [{b: turn[-1][b] for b in BOUNDS} for turn in stats if turn],
             "losses": [e["loss"] for e in self.events if "loss" in e][:4],
             "base_bytes": next(e["base_bytes"] for e in self.events if "base_bytes" in e),
             "peak_bytes": self.peaks["life"],
@@ -146,16 +157,21 @@ def flat(stats: Row) -> dict[str, float]:
 
 
 def compete(
-    commands: dict[str, list[str]], rounds: int, steps: int, limit_s: float = 150.0
-) -> dict[str, Row]:
-    """Run every contestant for ``rounds`` turns of ``steps`` counted steps; a row of each."""
+    commands: dict[str, list[str]], rounds: int, steps: int, limit_s: float = 150.0,
+    measure: Callable[[], dict[str, float]] | None = None,
+) -> dict[str, Row]:  # fmt: skip
+    """Run every contestant for ``rounds`` turns of ``steps`` counted steps; a row of each.
+
+    ``measure``: the disk's rates now; None: bounds keep those that the contestants started with.
+    """
     rivals = [Rival(name, command, limit_s) for name, command in commands.items()]
     try:
         for rival in rivals:
             rival.turn(WARM_STEPS, counted=False)
         for _ in range(rounds):
             for rival in random.sample(rivals, len(rivals)):
-                rival.turn(steps + 1, counted=True)
+                rates = measure() if measure is not None and rival.bounded else None
+                rival.turn(steps + 1, rates, counted=True)
         return {rival.name: rival.row() for rival in rivals}
     finally:
         for rival in rivals:

@@ -15,7 +15,7 @@ from pathlib import Path
 from child import SHAPES
 from record import append
 from rivals import Row, compete
-from step import fresh_machine, judge, show
+from step import fresh_machine, judge, rates_now, show
 
 SHORT = ["25m", "100m", "400m"]
 SHARE = (400 << 20) / (4 * 4 * SHAPES["100m"].parameters)
@@ -37,7 +37,8 @@ def steps_of(args: argparse.Namespace, folder: Path) -> dict[str, Row]:
             "--shape", shape, "--tokens", str(args.tokens),
             "--budget", str(budget_bytes(shape)), "--disk", str(disk),
         ]  # fmt: skip
-    rows = compete(commands, args.rounds, args.steps, limit_s=250)
+    measure = rates_now(args.disk)
+    rows = compete(commands, args.rounds, args.steps, limit_s=250, measure=measure)
     for shape, row in rows.items():
         if "stats" in row:
             in_backward = args.kind == "offload-backward"

@@ -4,21 +4,23 @@ A Llama of 97.5 M parameters, one sequence of 32 tokens, fp32, AdamW: ``plain`` 
 ``offload`` with 400 MiB and the rest on disk, as a plain loop; ``offload-backward``, the same with
 ``step_in_backward=True``; ``offload-all`` with room for everything; DeepSpeed with its state in
 host memory and on NVMe (bench/peers/). Memory is anonymous memory seen from outside: the peak over
-a contestant's life, the peak during its steps, and the latter less what its imports take. Rates
-of the disk are probed anew before the run, and once more after it to show how they moved.
+a contestant's life, the peak during its steps, and the latter less what its imports take. Plans
+have the disk's rates of the beginning, each turn's bounds those that were measured just before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from child import SHAPES
 from record import append
-from rivals import Row, compete
+from rivals import BOUNDS, Row, compete
 from traffic import minimum_bytes, minimum_in_backward_bytes
 
 from offload.tiers.probe import probe, remember
@@ -74,9 +76,14 @@ def judge(row: Row, shape: str, budget: str, *, in_backward: bool) -> None:
     row["over_minimum"] = moved / least if least else None
     if not forecast:
         return
-    for bound in ("bound_s", "wire_bound_s"):
-        row[bound] = stats[bound]
-        row[f"over_{bound}"] = row["step_s"] / stats[bound] if stats[bound] else None
+    for bound in BOUNDS:
+        limits = [turn[bound] for turn in row["turns_bounds"]]
+        if not all(limits):
+            continue
+        row[bound] = statistics.median(limits)
+        over = [s / limit for s, limit in zip(row["turns_s"], limits, strict=True)]
+        row[f"over_{bound}"] = statistics.median(over)
+        row[f"over_{bound}_turns"] = over
     row["predicted_over_measured"] = forecast["step_s"] / row["step_s"]
     host = stats["tiers"]["host"]
     row["predicted_over_measured_peak"] = forecast["peak_bytes"] / host["peak_bytes"]
@@ -87,6 +94,11 @@ def fresh_machine(disk: Path) -> Machine:
     machine = probe(disk)
     remember(disk, machine)
     return machine
+
+
+def rates_now(disk: Path) -> Callable[[], dict[str, float]]:
+    """Measures the disk under a folder when called."""
+    return lambda: probe(disk).to_dict()
 
 
 def show(rows: dict[str, Row]) -> None:
@@ -130,7 +142,8 @@ def main() -> None:
     args.disk.mkdir(parents=True, exist_ok=True)
     before = fresh_machine(args.disk)
     with tempfile.TemporaryDirectory(dir=args.disk) as folder:
-        rows = compete(commands(args.only, args, Path(folder)), args.rounds, args.steps)
+        rivals = commands(args.only, args, Path(folder))
+        rows = compete(rivals, args.rounds, args.steps, measure=rates_now(args.disk))
     after = probe(args.disk)
     for name, row in rows.items():
         if "stats" in row:

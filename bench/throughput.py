@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from memory import run_in_cgroup
+from pairs import Turns
 from record import append
 
 from offload.tiers.spec import parse_size
 
 HIDDEN, LAYERS, INNER, VOCABULARY = 1024, 24, 2688, 32000
+WARM, PASSES = 4, 4  # of --paired: passes before the first turn, and counted ones of a turn
 
 
 def build(args: argparse.Namespace) -> Any:
@@ -61,6 +63,13 @@ def child(args: argparse.Namespace) -> None:
     prompts = torch.randint(3, VOCABULARY, (rows, args.prompt), generator=generator)
     steps: list[Any] = []
     plan = BlockPlan(int(batch), int(count)) if count else None
+    turns = Turns(run, Path(args.disk), PASSES, WARM) if args.paired else None
+
+    def on_step(step: Any) -> None:
+        steps.append(step)
+        if turns is not None:
+            turns()
+
     read = run.parts.engine.space.lanes["read"].meter
     began_bytes, began_s = read.moved_bytes, time.perf_counter()
     run.generate(
@@ -69,7 +78,7 @@ def child(args: argparse.Namespace) -> None:
         plan=plan,
         kv_memory=args.kv_memory,
         kv_dtype=args.kv_dtype,
-        on_step=steps.append,
+        on_step=on_step,
     )
     took_s = time.perf_counter() - began_s
     later = [s for s in steps[3:] if not s.prompt_tokens]  # planned, not recorded
@@ -85,6 +94,7 @@ def child(args: argparse.Namespace) -> None:
         "weight_bytes": 4 * sum(p.numel() for p in model.parameters()),
         "reserved_bytes": run.parts.engine.ledger.peak_other_bytes,
         "stall_s": run.stats()["stall_s"], "lanes": run.stats()["lanes"],
+        "pairs": turns.found if turns is not None else None,
         "kv": run.stats()["kv"], "trims": run.parts.engine.ledger.heap.trims,
     }), flush=True)  # fmt: skip
     run.close()
@@ -101,6 +111,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=16)
     parser.add_argument("--kv-memory", help="keys and values in tiers, in so much memory")
     parser.add_argument("--kv-dtype", choices=("int4", "int2"))
+    parser.add_argument("--paired", action="store_true", help="of a child: plain reads in between")
     parser.add_argument("--no-record", action="store_true")
     parser.add_argument("--child")
     args = parser.parse_args()

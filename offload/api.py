@@ -279,11 +279,11 @@ def _build(
     ledger = Ledger(given.budget.host_bytes, space.pool, fixed, kept_bytes)
     binding = Binding(families)
     engine = Engine(space, ledger, binding.is_dead)
+    machine = _machine(given, tuning)  # while the budget is empty: probing takes buffers
     for home in binding.homes.values():
         adopt_parameter(engine, home)
     engine.settle()
     may_fit = not tuning.keep_hooks and given.place is None
-    machine = _machine(given, tuning)
     planner = _planner(engine, machine) if machine is not None else None
     if tuning.prefetch and given.disk is None:
         planner = stay

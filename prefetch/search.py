@@ -64,12 +64,15 @@ class NothingFits(Exception):  # noqa: N818 (says what happened)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What is fixed before the shares are: ``away``: whether anything may be on the disk."""
+    """What is fixed before the shares are. ``away``: whether anything may be on the disk;
+    ``settled``: all weights live on the device, which then has no frames for them.
+    """
 
     batch: int
     micro_batches: int
     away: bool = True
     cpu_attention: bool = False
+    settled: bool = False
 
     @property
     def rows(self) -> int:
@@ -113,9 +116,11 @@ def candidates(problem: Problem) -> Iterator[Candidate]:
     prompts = problem.work.prompts
     with_device = problem.budget.device_bytes is not None
     ways = (False, True) if with_device and problem.kv_away else (False,)
+    settles = (False, True) if with_device else (False,)
     for batch in _steps(min(prompts, MOST_ROWS)):
-        for micro, away, attention in product(_steps(-(-prompts // batch)), (False, True), ways):
-            yield Candidate(batch, micro, away, attention)
+        micros = _steps(-(-prompts // batch))
+        for micro, away, attention, settled in product(micros, (False, True), ways, settles):
+            yield Candidate(batch, micro, away, attention, settled)
 
 
 def smallest_bytes(problem: Problem) -> int:
@@ -147,7 +152,7 @@ def held_lines(problem: Problem, candidate: Candidate) -> dict[str, Line]:
     token_bytes = rows.token_bytes + rows.result_bytes
     running_bytes = candidate.batch * work.prompt_tokens * token_bytes
     lines[computing][-1] = running_bytes + candidate.rows * rows.row_bytes
-    if computing == "device":  # read ahead and computed with, over a frame of the host's
+    if computing == "device" and not candidate.settled:  # read ahead and computed with
         lines["device"][-1] += weights.unit_bytes
     if candidate.away:
         lines["host"][-1] += frames_bytes(weights.unit_bytes, problem.chunk_bytes)
@@ -278,10 +283,13 @@ def _limits(problem: Problem, held: dict[str, Line]) -> tuple[list[Line], list[f
 def _bounds(problem: Problem, candidate: Candidate) -> list[tuple[float, float]]:
     device = float(problem.rates.device is not None)
     away = float(candidate.away)
+    weights = [(0.0, device), (0.0, 1.0), (0.0, away)]
+    if candidate.settled:
+        weights = [(1.0, 1.0), (0.0, 0.0), (0.0, 0.0)]
     kv = [(0.0, device), (0.0, 1.0), (0.0, away)]
     if not problem.kv_away:  # where attention is computed
         kv = [(device, device), (1.0 - device, 1.0 - device), (0.0, 0.0)]
-    return [(0.0, device), (0.0, 1.0), (0.0, away), *kv, (0.0, device), (0.0, 1.0), (0.0, away)]
+    return [*weights, *kv, (0.0, device), (0.0, 1.0), (0.0, away)]
 
 
 def _scale(expected: list[list[Line]]) -> float:

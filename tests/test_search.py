@@ -18,6 +18,7 @@ from offload.prefetch.search import (
     Candidate,
     NothingFits,
     Problem,
+    held_lines,
     policy_of,
     search,
     smallest_bytes,
@@ -143,6 +144,21 @@ def test_a_device_is_used() -> None:
     all_there = search(with_device(90 * MIB, 800 * MIB))
     assert all_there.weights.device == pytest.approx(1)
     assert all_there.times.binding == "device"
+
+
+def test_weights_that_all_live_on_the_device_take_no_frame_there() -> None:
+    asked, settled = with_device(4000 * MIB, 0), Candidate(1, 1, settled=True)
+    held = held_lines(asked, settled)["device"]
+    fits_bytes = int(held[[0, 3, 6, -1]].sum()) + 1024  # all of it there
+    asked = replace(asked, budget=Budget(4000 * MIB, fits_bytes))
+    framed, found = solve(asked, Candidate(1, 1)), search(asked, lambda c: c.rows == 1)
+    assert framed is not None
+    assert framed.weights.device < 1 - 1e-3
+    assert found.weights.device == pytest.approx(1)
+    assert found.times.pass_s < framed.times.pass_s
+    assert found.held_bytes["device"] <= fits_bytes
+    less = replace(asked, budget=Budget(4000 * MIB, fits_bytes - SHAPE.weights.layer_bytes))
+    assert search(less, lambda c: c.rows == 1).weights.device < 1
 
 
 def test_what_is_on_a_device_keeps_its_home_on_the_host_where_there_is_no_disk() -> None:

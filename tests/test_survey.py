@@ -8,8 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import offload
 from offload import cli
+from offload.bind import Home
+from offload.engine import Engine
+from offload.homing import adopt_parameter
 from offload.tiers import probe, survey
 from offload.tiers.spec import MIB, Machine
 
@@ -65,6 +70,28 @@ def test_everything_is_measured_printed_and_kept(
         assert part in words.replace("\n", "")
     assert run(monkeypatch, "--disk", str(small), "--quiet") == 0
     assert capsys.readouterr().out == ""
+
+
+def test_a_first_run_measures_before_its_budget_is_full(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What measuring holds is in no account: it must not come on top of a model."""
+    order: list[str] = []
+
+    def adopt(engine: Engine, home: Home) -> None:
+        order.append(home.name)
+        adopt_parameter(engine, home)
+
+    def measure(folder: Path) -> Machine:
+        order.append("measured")
+        return MACHINE
+
+    monkeypatch.setattr("offload.api.adopt_parameter", adopt)
+    monkeypatch.setattr(probe, "probe", measure)
+    model = nn.Linear(64, 64)
+    offload.wrap(model, None, host_memory="8MiB", disk=small)
+    offload.runtime(model).close()
+    assert order == ["measured", "weight", "bias"]
 
 
 def test_a_dry_run_measures_and_keeps_nothing(
