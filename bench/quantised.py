@@ -70,13 +70,15 @@ def perplexity(steps: int, disk: Path) -> None:
     note(disk, question="perplexity", way="float32", steps=steps, perplexity=math.exp(full))
     for way in FORMATS:
         losses = []
-        for options in ({"host_memory": "1GiB"}, {"host_memory": 48 * MIB, "disk": disk}):
+        for options in ({"host_memory": "1GiB"}, {"host_memory": 20 * MIB, "disk": disk}):
             quantised = copy.deepcopy(model)
-            tuning = Tuning(chunk_bytes=MIB)
+            tuning = Tuning(chunk_bytes=MIB // 4)
             offload.wrap(quantised, None, weight_dtype=way, tuning=tuning, **options)
             with offload.runtime(quantised) as run:
                 losses.append(evaluate(quantised, held))
                 evictions = run.parts.engine.counters.evictions
+        if not evictions:
+            raise SystemExit("all of it fitted: nothing was streamed")
         note(
             disk, question="perplexity", way=way, steps=steps, perplexity=math.exp(losses[0]),
             change=math.exp(losses[0] - full) - 1, streamed_is_same=losses[0] == losses[1],
