@@ -246,13 +246,10 @@ def _reserved(parts: Parts, provision: Provision) -> Iterator[None]:
 def _shares(parts: Parts, provision: Provision, engine: Engine) -> dict[Other, int]:
     """What one tier holds of the block: keys and values in tiers are the host's."""
     tiered = provision.caches.cost.kv
-    if parts.device is None or tiered is None:
-        kv_bytes, rest = provision.kv_bytes, provision.reserved_bytes - provision.kv_bytes
-        mine = engine is parts.computing
-        return {Other.KV: kv_bytes * mine, Other.ACTIVATIONS: rest * mine}
-    if engine is parts.engine:
-        return {Other.KV: tiered.memory_bytes}
-    return {Other.ACTIVATIONS: provision.reserved_bytes - tiered.memory_bytes}
+    if engine is parts.computing:
+        rest = provision.reserved_bytes - provision.kv_bytes
+        return {Other.KV: provision.kv_bytes, Other.ACTIVATIONS: rest}
+    return {Other.KV: tiered.memory_bytes if tiered is not None else 0}
 
 
 def _bound_s(parts: Parts) -> float | None:

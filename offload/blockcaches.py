@@ -9,7 +9,12 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from offload.blockroom import block_cost, largest_unit_bytes, least_frames_bytes
+from offload.blockroom import (
+    block_cost,
+    block_room_bytes,
+    largest_unit_bytes,
+    least_frames_bytes,
+)
 from offload.cohort import dynamic_caches
 from offload.config import Given, Size
 from offload.errors import BudgetError, OffloadError
@@ -82,7 +87,7 @@ class Provision:
     def passing_bytes(self) -> int:
         """What malloc may have had and got back in one step: all but what is in frames."""
         kv = self.caches.cost.kv
-        return self.reserved_bytes - (kv.memory_bytes if kv is not None else 0)
+        return self.reserved_bytes - (kv.beside_rows_bytes if kv is not None else 0)
 
 
 def provide(
@@ -93,11 +98,11 @@ def provide(
     cost = caches.cost
     sizes = plan, lengths, new_tokens
     provision = Provision(plan, cost.of(*sizes), cost.kv_bytes(*sizes), caches)
-    capacity_bytes = parts.engine.ledger.capacity_bytes
+    capacity_bytes = parts.computing.ledger.capacity_bytes
     frames_bytes = least_frames_bytes(model, parts)
     beside_bytes = frames_bytes + cost.largest_result_bytes(plan, lengths)
     if provision.reserved_bytes + beside_bytes > capacity_bytes:
-        smaller = choose_block(lengths, new_tokens, cost, _room_bytes(model, parts))
+        smaller = choose_block(lengths, new_tokens, cost, block_room_bytes(model, parts))
         needed_bytes = cost.of(smaller, lengths, new_tokens) + frames_bytes
         needed_bytes += cost.largest_result_bytes(smaller, lengths)
         fits = smaller if needed_bytes <= capacity_bytes else None
@@ -109,7 +114,8 @@ def _too_large(
     provision: Provision, least_bytes: int, smaller: BlockPlan | None, parts: Parts
 ) -> BudgetError:
     """``least_bytes``: beside the block, weights most of all. ``smaller``: a block that fits."""
-    plan, ledger = provision.plan, parts.engine.ledger
+    plan, ledger = provision.plan, parts.computing.ledger
+    tier = "host" if parts.device is None else "device"
     activations_bytes = provision.reserved_bytes - provision.kv_bytes
     needed_bytes = provision.reserved_bytes + least_bytes
     smallest_bytes = needed_bytes + ledger.budget_bytes - ledger.capacity_bytes
@@ -119,15 +125,15 @@ def _too_large(
         remedies.append(f"a smaller batch ({said} fits)")
     on_disk = provision.caches.cost.kv is not None
     remedies.append("less kv_memory" if on_disk else "keys and values on disk (kv_memory=...)")
-    remedies.append(f"host_memory of at least {format_size(smallest_bytes)}")
+    remedies.append(f"{tier}_memory of at least {format_size(smallest_bytes)}")
     return BudgetError(
-        f"host tier: the block of rows to generate ({plan.micro_batches} micro-batches of "
+        f"{tier} tier: the block of rows to generate ({plan.micro_batches} micro-batches of "
         f"{plan.batch}) needs {format_size(provision.kv_bytes)} for keys and values and "
         f"{format_size(activations_bytes)} for activations, beside {format_size(least_bytes)} "
-        f"for the weights that are computed with: {format_size(needed_bytes)}, but host_memory "
+        f"for the weights that are computed with: {format_size(needed_bytes)}, but {tier}_memory "
         f"leaves {format_size(ledger.capacity_bytes)} of {format_size(ledger.budget_bytes)}; give "
         + ", or ".join(remedies),
-        tier="host", needed_bytes=needed_bytes, given_bytes=ledger.budget_bytes,
+        tier=tier, needed_bytes=needed_bytes, given_bytes=ledger.budget_bytes,
         smallest_bytes=smallest_bytes,
     )  # fmt: skip
 
@@ -160,10 +166,12 @@ class TieredCaches:
         dynamic_caches(model)  # raises
         memory = asked.memory
         self._memory_bytes = (
-            _room_bytes(model, parts) // 2 if memory is None else parse_size(memory)
+            (parts.engine.ledger.capacity_bytes - largest_unit_bytes(model)) // 2
+            if memory is None
+            else parse_size(memory)
         )
         self._least_tokens = GROUP if asked.kv_dtype is not None else 1
-        self.cost = _cost(model, self._memory_bytes, self._least_tokens)
+        self.cost = _cost(model, parts, given, self._memory_bytes, self._least_tokens)
         self._model: Any = model
         self._parts = parts
         self._given = given
@@ -220,16 +228,14 @@ class TieredCaches:
         self._store.side_by_side = max(len(self._open), 1) if rings else 1
 
 
-def _room_bytes(model: nn.Module, parts: Parts) -> int:
-    return parts.computing.ledger.capacity_bytes - largest_unit_bytes(model)
-
-
-def _cost(model: nn.Module, memory_bytes: int, least_tokens: int) -> BlockCost:
+def _cost(
+    model: nn.Module, parts: Parts, given: Given, memory_bytes: int, least_tokens: int
+) -> BlockCost:
     """Layers with sliding windows keep theirs in memory, as transformers does."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    cost = block_cost(model)
+    cost = block_cost(model, parts.device.dtype if parts.device is not None else None)
     config: Any = model.config
     layers = DynamicCache(config=config).layers  # type: ignore[no-untyped-call,unused-ignore]
     managed = sum(type(layer) is DynamicLayer for layer in layers)
@@ -239,9 +245,12 @@ def _cost(model: nn.Module, memory_bytes: int, least_tokens: int) -> BlockCost:
             "bounded, and stay in memory; leave kv_memory and kv_dtype away"
         )
     layer_bytes = cost.position_bytes // len(layers)
+    crossing_bytes = None if parts.device is None else 0
+    if given.place is not None and given.place.own_memory:
+        crossing_bytes = 2 * layer_bytes  # blocks that have crossed, and those side by side
     each = 2 if config.is_encoder_decoder else 1  # its own tokens', and the encoder's
     return replace(
         cost,
         position_bytes=layer_bytes * (len(layers) - managed),
-        kv=KVCost(memory_bytes, layer_bytes, each * managed, least_tokens),
+        kv=KVCost(memory_bytes, layer_bytes, each * managed, least_tokens, crossing_bytes),
     )

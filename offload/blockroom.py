@@ -51,6 +51,11 @@ def largest_unit_bytes(model: nn.Module) -> int:
     )
 
 
+def block_room_bytes(model: nn.Module, parts: Parts) -> int:
+    """What rows and weights may take where rows are computed, beside the largest module's."""
+    return parts.computing.ledger.capacity_bytes - largest_unit_bytes(model)
+
+
 def least_frames_bytes(model: nn.Module, parts: Parts) -> int:
     """Chunks that memory holds at least while a forward pass runs, whatever is evicted.
 

@@ -44,13 +44,20 @@ class KVCost:
     """Keys and values that live in tiers, within ``memory_bytes``.
 
     ``layer_bytes``: of one token in one layer; ``layers``: how many there are;
-    ``block_tokens``: the least in a block.
+    ``block_tokens``: the least in a block. ``crossing_bytes``: where another tier computes, of one
+    token in a layer whose turn it is, there; None: the memory is of the tier that computes.
     """
 
     memory_bytes: int
     layer_bytes: int
     layers: int
     block_tokens: int = 1
+    crossing_bytes: int | None = None
+
+    @property
+    def beside_rows_bytes(self) -> int:
+        """Of the memory, in the tier that computes."""
+        return self.memory_bytes if self.crossing_bytes is None else 0
 
     def least_bytes(self, plan: BlockPlan, lengths: Sequence[int], new_tokens: int) -> int:
         """Keys and values of one layer, of all rows, and the blocks that are being filled."""
@@ -85,12 +92,12 @@ class BlockCost:
     encoding_bytes: int = 0
 
     def of(self, plan: BlockPlan, lengths: Sequence[int], new_tokens: int) -> int:
-        """What a block needs at most, of prompts of these lengths.
+        """What a block needs at most where it computes, of prompts of these lengths.
 
         Keys and values of one micro-batch are moved once more when a row is added to them, a
         layer at a time: that is within ``token_bytes``.
         """
-        kept_bytes = self.kv.memory_bytes if self.kv is not None else 0
+        kept_bytes = self.kv.beside_rows_bytes if self.kv is not None else 0
         return kept_bytes + self._rows_bytes(plan, lengths, new_tokens)
 
     def largest_result_bytes(self, plan: BlockPlan, lengths: Sequence[int]) -> int:
@@ -100,7 +107,8 @@ class BlockCost:
     def kv_bytes(self, plan: BlockPlan, lengths: Sequence[int], new_tokens: int) -> int:
         """Keys and values of all rows, a part of `of`."""
         longest = sorted(lengths, reverse=True)[: plan.rows]
-        kept_bytes = self.kv.memory_bytes if self.kv is not None else 0
+        kept_bytes = self.kv.beside_rows_bytes if self.kv is not None else 0
+        kept_bytes += self._crossing_bytes(longest[: plan.batch], new_tokens)
         return kept_bytes + self.position_bytes * (sum(longest) + new_tokens * len(longest))
 
     def turn_bytes(self, tokens: int, seen: int) -> int:
@@ -112,7 +120,7 @@ class BlockCost:
     ) -> bool:
         """Whether it needs no more than its share of this room, its keys and values theirs."""
         if self.kv is not None:
-            room_bytes -= self.kv.memory_bytes
+            room_bytes -= self.kv.beside_rows_bytes
             if self.kv.least_bytes(plan, lengths, new_tokens) > self.kv.memory_bytes:
                 return False
         return self._rows_bytes(plan, lengths, new_tokens) <= BLOCK_SHARE * room_bytes
@@ -121,12 +129,18 @@ class BlockCost:
         longest = sorted(lengths, reverse=True)[: plan.rows]
         running = sum(longest[: plan.batch])
         return (
-            self.position_bytes * (sum(longest) + new_tokens * len(longest))
+            self._crossing_bytes(longest[: plan.batch], new_tokens)
+            + self.position_bytes * (sum(longest) + new_tokens * len(longest))
             + self.token_bytes * running
             + self.waiting_bytes * (sum(longest) - running)
             + self.encoding_bytes * sum(longest)
             + self.row_bytes * len(longest)
         )
+
+    def _crossing_bytes(self, batch: Sequence[int], new_tokens: int) -> int:
+        """Keys and values of one layer, of the rows that have their turn."""
+        each = self.kv.crossing_bytes if self.kv is not None else None
+        return (each or 0) * (sum(batch) + new_tokens * len(batch))
 
 
 def choose_block(

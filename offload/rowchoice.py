@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from offload.blockroom import largest_unit_bytes, least_frames_bytes
+from offload.blockroom import block_room_bytes, least_frames_bytes
 from offload.config import Given
 from offload.errors import BudgetError, OffloadError, SpillError
 from offload.hooks import Hooks
@@ -85,11 +85,11 @@ class RowChooser:
         self._lengths = lengths
         self._new_tokens = new_tokens
         self._cost = cost
-        self._capacity_bytes = parts.engine.ledger.capacity_bytes
+        self._capacity_bytes = parts.computing.ledger.capacity_bytes
 
     def choose(self) -> RowChoice:
         """By the search where it can be asked, else as many rows as fit."""
-        room_bytes = self._capacity_bytes - largest_unit_bytes(self._model)
+        room_bytes = block_room_bytes(self._model, self._parts)
         fitting = choose_block(self._lengths, self._new_tokens, self._cost, room_bytes)
         try:
             self._refuse_to_search(fitting)
