@@ -71,6 +71,10 @@ def test_keys_and_values_on_the_host_leave_the_device_to_rows(wrap: Wrap) -> Non
     cost = caches_for(tiered.model, parts, given, asked).cost
     assert cost.kv is not None
     assert cost.kv.crossing_bytes == 2 * cost.kv.layer_bytes
+    assert cost.kv.memory_bytes == 4 << 20
+    coded = caches_for(tiered.model, parts, given, KVAsked(kv_dtype="int4")).cost
+    assert coded.kv is not None
+    assert coded.kv.memory_bytes > parts.computing.ledger.capacity_bytes, "half of the host's room"
     assert cost.kv_bytes(BlockPlan(2, 3), [5, 7, 1], 4) == (5 + 7 + 8) * cost.kv.crossing_bytes
     held.close()
     check(tiered, rows)
@@ -80,6 +84,7 @@ def test_a_block_beyond_the_device_is_refused_and_told_what_fits(wrap: Wrap) -> 
     watched = wrap(block_kib(BlockPlan(6)))
     with pytest.raises(BudgetError, match="device tier: the block of rows") as refused:
         watched.runtime.generate(prompts(ROWS), TOKENS, plan=BlockPlan(12, 2))
+    assert "a smaller batch (BlockPlan(" in str(refused.value)
     assert "device_memory of at least" in str(refused.value)
     assert refused.value.tier == "device"
     watched.close()
