@@ -248,7 +248,8 @@ def _shares(parts: Parts, provision: Provision, engine: Engine) -> dict[Other, i
     tiered = provision.caches.cost.kv
     if engine is parts.computing:
         rest = provision.reserved_bytes - provision.kv_bytes
-        return {Other.KV: provision.kv_bytes, Other.ACTIVATIONS: rest}
+        kv_bytes = provision.kv_bytes - provision.crossing_bytes
+        return {Other.KV: kv_bytes, Other.ACTIVATIONS: rest}
     return {Other.KV: tiered.memory_bytes if tiered is not None else 0}
 
 

@@ -76,12 +76,16 @@ class Caches(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Provision:
-    """How many rows at once, what they need beside the weights, and their caches."""
+    """How many rows at once, what they need beside the weights, and their caches.
+
+    ``crossing_bytes``: of these, keys and values that are debited when they come, not before.
+    """
 
     plan: BlockPlan
     reserved_bytes: int
     kv_bytes: int  # of these
     caches: Caches
+    crossing_bytes: int = 0
 
     @property
     def passing_bytes(self) -> int:
@@ -97,7 +101,8 @@ def provide(
     """For prompts of these lengths, in tokens. Raises BudgetError for what cannot fit."""
     cost = caches.cost
     sizes = plan, lengths, new_tokens
-    provision = Provision(plan, cost.of(*sizes), cost.kv_bytes(*sizes), caches)
+    crossing_bytes = cost.crossing_bytes(*sizes)
+    provision = Provision(plan, cost.of(*sizes), cost.kv_bytes(*sizes), caches, crossing_bytes)
     capacity_bytes = parts.computing.ledger.capacity_bytes
     frames_bytes = least_frames_bytes(model, parts)
     beside_bytes = frames_bytes + cost.largest_result_bytes(plan, lengths)

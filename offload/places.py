@@ -108,7 +108,7 @@ class BlockCost:
         """Keys and values of all rows, a part of `of`."""
         longest = sorted(lengths, reverse=True)[: plan.rows]
         kept_bytes = self.kv.beside_rows_bytes if self.kv is not None else 0
-        kept_bytes += self._crossing_bytes(longest[: plan.batch], new_tokens)
+        kept_bytes += self.crossing_bytes(plan, lengths, new_tokens)
         return kept_bytes + self.position_bytes * (sum(longest) + new_tokens * len(longest))
 
     def turn_bytes(self, tokens: int, seen: int) -> int:
@@ -129,7 +129,7 @@ class BlockCost:
         longest = sorted(lengths, reverse=True)[: plan.rows]
         running = sum(longest[: plan.batch])
         return (
-            self._crossing_bytes(longest[: plan.batch], new_tokens)
+            self.crossing_bytes(plan, lengths, new_tokens)
             + self.position_bytes * (sum(longest) + new_tokens * len(longest))
             + self.token_bytes * running
             + self.waiting_bytes * (sum(longest) - running)
@@ -137,9 +137,10 @@ class BlockCost:
             + self.row_bytes * len(longest)
         )
 
-    def _crossing_bytes(self, batch: Sequence[int], new_tokens: int) -> int:
-        """Keys and values of one layer, of the rows that have their turn."""
+    def crossing_bytes(self, plan: BlockPlan, lengths: Sequence[int], new_tokens: int) -> int:
+        """Of `of`, keys and values of one layer of the rows that have their turn."""
         each = self.kv.crossing_bytes if self.kv is not None else None
+        batch = sorted(lengths, reverse=True)[: plan.batch]
         return (each or 0) * (sum(batch) + new_tokens * len(batch))
 
 

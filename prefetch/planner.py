@@ -260,7 +260,10 @@ def _forecast(
     trace: Trace, machine: Machine, reserve_bytes: int, gaps: Gaps, stays: _Stays,
     timeline: Timeline,
 ) -> Forecast:  # fmt: skip
-    """Bytes are counted for the phase that needs a read, and that last used what is written."""
+    """Bytes are counted for the phase that needs a read, and that last used what is written.
+
+    Those of the plan: what is being written when the simulated step ends is not in its timeline.
+    """
     fetched = np.flatnonzero(stays.gone & gaps.reads)
     due = (gaps.after[fetched] + gaps.reach[fetched]) % len(trace.moments)
     # What is written leaves after the first gap of its epoch in which it is away.
@@ -277,8 +280,8 @@ def _forecast(
         wire_bound_s=wire_bound_s,
         stall_s=timeline.stall_s,
         peak_bytes=timeline.peak_bytes,
-        read_bytes=timeline.read_bytes,
-        write_bytes=timeline.write_bytes,
+        read_bytes=sum(reads.values()),
+        write_bytes=sum(writes.values()),
         binding=binding,
         drive=drive,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from offload.prefetch.plan import Plan
@@ -162,8 +162,20 @@ def queue_is_in_order_of_need(trace: Trace, made: Plan) -> bool:
     return due == sorted(due)
 
 
+def unfinished() -> Trace:
+    """A step that ends before the last of its writes does: nothing in it waits for that."""
+    needs: list[tuple[Need, ...]] = [
+        (Need(0, Access.READ), Need(1, Access.FRESH)),
+        (Need(0, Access.WRITE), Need(1, Access.READ)),
+        (), (), (), (Need(2, Access.WRITE),), (),
+    ]  # fmt: skip
+    moments = (Moment(Phase.FORWARD, n, 0.0, 4096 * (i == 4)) for i, n in enumerate(needs))
+    return Trace(tuple(moments), (4096, 16384, 8192), {})
+
+
 @settings(max_examples=150, deadline=None)
 @given(traces(), st.integers(0, 14), st.sampled_from([SLOW, ONE_DRIVE]))
+@example(unfinished(), 2, SLOW)
 def test_any_plan_holds_in_an_independent_replay(
     trace: Trace, extra: int, machine: Machine
 ) -> None:
