@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from record import append
+
 from offload.tiers.probe import BLOCK_BYTES, WORKERS, probe
 
 KEYS = ("read", "write", "mixed_read", "mixed_write")
@@ -83,11 +85,11 @@ def main() -> int:
             rounds.append({name: engines[name]() for name in order})
     finally:
         shutil.rmtree(folder)
-    report(rounds)
+    report(rounds, args.disk)
     return 0
 
 
-def report(rounds: list[dict[str, dict[str, float]]]) -> None:
+def report(rounds: list[dict[str, dict[str, float]]], disk: Path) -> None:
     """Print the table and append the JSON line."""
     medians = {e: {k: statistics.median(r[e][k] for r in rounds) for k in KEYS} for e in rounds[0]}
     ratios = {
@@ -105,13 +107,10 @@ def report(rounds: list[dict[str, dict[str, float]]]) -> None:
         print(f"{engine:12}" + "".join(f"{medians[engine][k] / 1e9:13.2f}" for k in KEYS))
     print(f"{'ours/best':12}" + "".join(f"{ratios[k]:13.2f}" for k in KEYS)
           + f"   both together {ratios['mixed_total']:.2f}")  # fmt: skip
-    line = {
-        "bench": "io", "medians": medians, "ratios": ratios, "rounds": len(rounds),
-        "block_bytes": BLOCK_BYTES, "queue": WORKERS, "command": " ".join(sys.argv),
-    }  # fmt: skip
-    out = Path(__file__).parent / "results" / "io.jsonl"
-    with out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    append(
+        "io", disk, medians=medians, ratios=ratios, rounds=len(rounds), block_bytes=BLOCK_BYTES,
+        queue=WORKERS,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
