@@ -128,8 +128,11 @@ def _too_large(
     if smaller is not None and smaller.rows < plan.rows:
         said = f"BlockPlan({smaller.batch}, {smaller.micro_batches})"
         remedies.append(f"a smaller batch ({said} fits)")
-    on_disk = provision.caches.cost.kv is not None
-    remedies.append("less kv_memory" if on_disk else "keys and values on disk (kv_memory=...)")
+    kv = provision.caches.cost.kv
+    if kv is None:
+        remedies.append("keys and values on disk (kv_memory=...)")
+    elif kv.beside_rows_bytes:
+        remedies.append("less kv_memory")
     remedies.append(f"{tier}_memory of at least {format_size(smallest_bytes)}")
     return BudgetError(
         f"{tier} tier: the block of rows to generate ({plan.micro_batches} micro-batches of "

@@ -87,6 +87,9 @@ def test_a_block_beyond_the_device_is_refused_and_told_what_fits(wrap: Wrap) -> 
     assert "a smaller batch (BlockPlan(" in str(refused.value)
     assert "device_memory of at least" in str(refused.value)
     assert refused.value.tier == "device"
+    with pytest.raises(BudgetError, match="device tier: the block of rows") as tiered:
+        watched.runtime.generate(prompts(ROWS), TOKENS, plan=BlockPlan(24, 1), kv_memory="4MiB")
+    assert "kv_memory" not in str(tiered.value), "that is the host's"
     watched.close()
     enough = wrap(refused.value.smallest_bytes // KIB + 96)
     rows = enough.runtime.generate(prompts(ROWS), TOKENS, plan=BlockPlan(12, 2))
