@@ -19,6 +19,7 @@ from offload.tiers.spec import MIB
 
 BLOCK_BYTES = 8 * MIB  # a chunk where nothing is trained
 WORKERS = 2  # as the engine's read lane has
+BUFFERS = 4  # of each worker: together more than a cache holds, as in tiers/probe.py
 FILE_BYTES = 256 * MIB
 ALONE_S, BESIDE_S, PAUSE_S = 0.35, 0.5, 0.05  # of each round
 
@@ -80,14 +81,15 @@ def _reading(folder: Path) -> Iterator[tuple[threading.Event, list[int]]]:
     """Workers that read while the event is set; the bytes that each has read."""
     disk = SpillFile(folder, announce=lambda _: None)
     busy, over, moved = threading.Event(), threading.Event(), [0] * WORKERS
-    buffers = [vm.reserve(BLOCK_BYTES) for _ in range(WORKERS)]
+    buffers = [vm.reserve(BLOCK_BYTES) for _ in range(WORKERS * BUFFERS)]
 
     def read(worker: int) -> None:
         block = worker
         while not over.is_set():
             if not busy.wait(0.1):
                 continue
-            disk.read(buffers[worker], BLOCK_BYTES, block * BLOCK_BYTES % FILE_BYTES)
+            buffer = buffers[block % len(buffers)]
+            disk.read(buffer, BLOCK_BYTES, block * BLOCK_BYTES % FILE_BYTES)
             moved[worker] += BLOCK_BYTES
             block += WORKERS
 
