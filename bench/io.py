@@ -2,7 +2,8 @@
 
 For each of read, write and both at once: our probe (8 MiB blocks through huge-page buffers, in as
 little memory as fio's, which a cache may hold: a bound's rates are those of more) and fio at the
-same block size, with its default buffers and with huge pages, in shuffled order, several rounds; medians and same-round ratios. Appends a JSON line to bench/results/io.jsonl.
+same block size, with its default buffers and with huge pages, in shuffled order; medians of several
+rounds and same-round ratios. Appends a JSON line to bench/results/io.jsonl.
 """
 
 from __future__ import annotations
