@@ -51,16 +51,17 @@ def gaps_of(trace: Trace) -> list[Gap]:
             uses.setdefault(need.chunk, []).append((at, need.access))
     found = []
     for chunk, seen in uses.items():
-        if chunk in trace.dead_after:  # rubbish for part of the step: costs nothing there
-            continue
         begin = next((k for k, (_, how) in enumerate(seen) if how is not Access.READ), None)
         turned = seen if begin is None else seen[begin:] + seen[:begin]
         goes_on = False
         for (at, how), (then, after) in zip(turned, [*turned[1:], turned[0]], strict=True):
             goes_on &= how is Access.READ
             end = then if then > at else then + len(trace.moments)
-            if end - at > 1:
-                read = after is not Access.FRESH
+            read = after is not Access.FRESH
+            dies = {trace.dead_after[chunk]} if chunk in trace.dead_after and not read else set()
+            # Rubbish before it is written anew: costs nothing there, at most.
+            dies |= {t + len(trace.moments) for t in dies}
+            if end - at > 1 and dies.isdisjoint(range(at, end)):
                 found.append(Gap(chunk, at, end, begin is not None, goes_on, read))
                 goes_on = True
     return found

@@ -34,6 +34,18 @@ def test_the_least_time_of_a_step_by_hand() -> None:
     assert LEAST_S(trace, machine, 90) == pytest.approx(8.0)  # half of each is 3 s
 
 
+def test_a_gradient_that_has_no_room_until_its_update_is_written_and_read() -> None:
+    """One drive, one thing at a time: 12 s to write it, 6 s to read it and 6 s for the other."""
+    machine = Machine(10.0, 5.0, 5.0, 2.5, 1e10, disk_latency_s=0.0)
+    uses = [moment(0.0, (1, Access.FRESH)), moment(0.0, (0, Access.READ)),
+            moment(0.0, (1, Access.READ)), moment(0.0)]  # fmt: skip
+    trace = Trace(tuple(uses), (60, 60), {1: 2})
+    assert LEAST_S(trace, machine, 60) == pytest.approx(24.0)
+    assert LEAST_S(trace, machine, 120) == pytest.approx(0.0)
+    alive = replace(trace, dead_after={})  # nothing changes: it dies when it is written anew
+    assert LEAST_S(alive, machine, 60) > 24.0 - 1e-6
+
+
 @settings(max_examples=120, deadline=None)
 @given(traces(4, 6), st.integers(0, 5), st.sampled_from([ONE_DRIVE, DUPLEX, SLOW]),
        st.sampled_from([2, 48]))  # fmt: skip
