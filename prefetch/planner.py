@@ -79,7 +79,7 @@ def plan(trace: Trace, machine: Machine, capacity_bytes: int) -> Plan:
     draft = _Draft(trace, machine, gaps, capacity_bytes - held, replay)
     unit, plans = int(uses.needed_bytes.max()), []
     chunk = int(np.median(trace.chunk_bytes)) if trace.chunk_bytes else 0
-    for reserve in _reserves(unit, chunk, len(gaps.chunk), capacity_bytes - least):
+    for reserve in _reserves(unit, chunk, len(gaps.chunk), int((capacity_bytes - held).max())):
         plans.append(draft.plan(reserve))
         if _moved_bytes(plans[-1]) == 0:
             return plans[-1]  # all of it stays: no reserve can help
@@ -107,7 +107,7 @@ class _Draft:
 
     def plan(self, reserve_bytes: int, *, evenly: bool = False) -> Plan:
         """The plan with this reserve; ``evenly``: with reads apart from each other."""
-        room_bytes = self.free_bytes - reserve_bytes
+        room_bytes = np.maximum(self.free_bytes - reserve_bytes, 0)
         kept = choose(self.gaps, room_bytes)
         if evenly:
             kept = spread(self.gaps, room_bytes, kept)
