@@ -10,6 +10,9 @@ from child import SHAPES, arguments, build, say, serve
 
 import offload
 from offload.errors import BudgetError
+from offload.prefetch.simulate import Replay
+from offload.prefetch.uses import find_uses
+from offload.run import Runtime
 from offload.tiers.spec import Machine
 from offload.vectormath import settle
 
@@ -52,6 +55,18 @@ def managed(args: Any, budget: str | int, held: list[Any]) -> Step:
     return stepper(model, optimizer)
 
 
+def foretold_s(run: Runtime) -> float | None:
+    """What the run's plan should take with its machine's rates of now; None before there is one."""
+    track = run.parts.steps.tracks["train"]
+    if track.follower is None or track.trace is None or run.parts.machine is None:
+        return None
+    plan, capacity_bytes = track.follower.plan, run.parts.engine.ledger.capacity_bytes
+    if not plan.forecast.read_bytes + plan.forecast.write_bytes:
+        return float(run.stats()["forecast"]["step_s"])  # the disk has no part in it
+    replay = Replay(track.trace, run.parts.machine, capacity_bytes, find_uses(track.trace))
+    return replay.run(plan.ops, plan.resident_at_start).step_s
+
+
 def least_bytes(args: Any) -> int:
     """The smallest budget with which three steps run, by asking until none is refused."""
     budget, held = 1 << 20, []
@@ -78,13 +93,17 @@ def main() -> None:
         serve(lambda: plain(args.shape, checkpointing=args.kind == "checkpointing"), args)
     else:
 
+        now: dict[str, float | None] = {"foretold_s": None}
+
         def measured(rates: dict[str, float]) -> None:
             """Bounds are of this minute from now on; plans stay."""
-            offload.runtime(held[0]).parts.machine = Machine(**rates)
+            run = offload.runtime(held[0])
+            run.parts.machine = Machine(**rates)
+            now["foretold_s"] = foretold_s(run)
 
         serve(
             lambda: managed(args, args.budget, held), args,
-            lambda: offload.runtime(held[0]).stats(), measured,
+            lambda: offload.runtime(held[0]).stats() | now, measured,
         )  # fmt: skip
 
 

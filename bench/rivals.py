@@ -90,6 +90,7 @@ class Rival:
             "step_s": statistics.median(s for turn in times for s in turn),
             "turns_s": [statistics.median(turn) for turn in times],
             "turns_bounds": [{b: turn[-1][b] for b in BOUNDS} for turn in stats if turn],
+            "turns_foretold_s": [turn[-1].get("foretold_s") for turn in stats if turn],
             "losses": [e["loss"] for e in self.events if "loss" in e][:4],
             "base_bytes": next(e["base_bytes"] for e in self.events if "base_bytes" in e),
             "peak_bytes": self.peaks["life"],

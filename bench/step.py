@@ -5,7 +5,8 @@ A Llama of 97.5 M parameters, one sequence of 32 tokens, fp32, AdamW: ``plain`` 
 ``step_in_backward=True``; ``offload-all`` with room for everything; DeepSpeed with its state in
 host memory and on NVMe (bench/peers/). Memory is anonymous memory seen from outside: the peak over
 a contestant's life, the peak during its steps, and the latter less what its imports take. Plans
-have the disk's rates of the beginning, each turn's bounds those that were measured just before it.
+have the disk's rates of the beginning (forecast over measured: "pred."); each turn's bounds, and
+its plan's forecast once more ("now"), have those that were measured just before it.
 """
 
 from __future__ import annotations
@@ -85,6 +86,10 @@ def judge(row: Row, shape: str, budget: str, *, in_backward: bool) -> None:
         row[f"over_{bound}"] = statistics.median(over)
         row[f"over_{bound}_turns"] = over
     row["predicted_over_measured"] = forecast["step_s"] / row["step_s"]
+    if all(row["turns_foretold_s"]):
+        turns = zip(row["turns_foretold_s"], row["turns_s"], strict=True)
+        row["foretold_now_turns"] = [foretold_s / step_s for foretold_s, step_s in turns]
+        row["foretold_now"] = statistics.median(row["foretold_now_turns"])
     host = stats["tiers"]["host"]
     row["predicted_over_measured_peak"] = forecast["peak_bytes"] / host["peak_bytes"]
 
@@ -104,7 +109,7 @@ def rates_now(disk: Path) -> Callable[[], dict[str, float]]:
 def show(rows: dict[str, Row]) -> None:
     """Print the table."""
     print(f"{'':21}{'step s':>8}{'peak':>7}{'steps':>7}{'-base':>7}{'x bound':>9}{'x wire':>8}"
-          f"{'x least':>9}{'pred.':>7}   stall, busy s; memory in MiB")  # fmt: skip
+          f"{'x least':>9}{'pred.':>7}{'now':>7}   stall, busy s; memory in MiB")  # fmt: skip
     for name, row in rows.items():
         if "error" in row:
             print(f"{name:21}cannot run: {row['error']}")
@@ -113,7 +118,7 @@ def show(rows: dict[str, Row]) -> None:
                row["steps_peak_bytes"] - row["base_bytes"]]  # fmt: skip
         line = f"{name:21}{row['step_s']:8.3f}" + "".join(f"{m / MIB:7.0f}" for m in mib)
         for key, width in (("over_bound_s", 9), ("over_wire_bound_s", 8), ("over_minimum", 9),
-                           ("predicted_over_measured", 7)):  # fmt: skip
+                           ("predicted_over_measured", 7), ("foretold_now", 7)):  # fmt: skip
             value = row.get(key)
             line += f"{value:{width}.2f}" if value else " " * (width - 1) + "-"
         spent = {k: v for k, v in row.get("per_step", {}).items() if k.endswith("_s")}
