@@ -92,7 +92,6 @@ def main() -> None:
     elif args.kind in ("plain", "checkpointing"):
         serve(lambda: plain(args.shape, checkpointing=args.kind == "checkpointing"), args)
     else:
-
         now: dict[str, float | None] = {"foretold_s": None}
 
         def measured(rates: dict[str, float]) -> None:
