@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from child import SHAPES, arguments, build, say, serve
+from rivals import BOUNDS
 
 import offload
 from offload.errors import BudgetError
+from offload.prefetch.bounds import bound, drive_of
 from offload.prefetch.simulate import Replay
 from offload.prefetch.uses import find_uses
 from offload.run import Runtime
@@ -55,16 +57,23 @@ def managed(args: Any, budget: str | int, held: list[Any]) -> Step:
     return stepper(model, optimizer)
 
 
-def foretold_s(run: Runtime) -> float | None:
-    """What the run's plan should take with its machine's rates of now; None before there is one."""
-    track = run.parts.steps.tracks["train"]
-    if track.follower is None or track.trace is None or run.parts.machine is None:
-        return None
+def anew(run: Runtime) -> dict[str, float | None]:
+    """Bounds and forecast of the run's plan with its machine's rates of now."""
+    track, machine = run.parts.steps.tracks["train"], run.parts.machine
+    known = {key: run.stats()[key] for key in BOUNDS}
+    if track.follower is None or track.trace is None or machine is None:
+        return {**known, "foretold_s": None}
     plan, capacity_bytes = track.follower.plan, run.parts.engine.ledger.capacity_bytes
-    if not plan.forecast.read_bytes + plan.forecast.write_bytes:
-        return float(run.stats()["forecast"]["step_s"])  # the disk has no part in it
-    replay = Replay(track.trace, run.parts.machine, capacity_bytes, find_uses(track.trace))
-    return replay.run(plan.ops, plan.resident_at_start).step_s
+    forecast = plan.forecast
+    if not forecast.read_bytes + forecast.write_bytes:
+        return {**known, "foretold_s": forecast.step_s}  # the disk has no part in it
+    moved = forecast.phase_read_bytes, forecast.phase_write_bytes
+    limit = bound(drive_of(machine, *moved, plan.reserve_bytes), track.trace)
+    replay = Replay(track.trace, machine, capacity_bytes, find_uses(track.trace))
+    return {
+        "bound_s": limit.bound_s, "wire_bound_s": limit.wire_bound_s,
+        "foretold_s": replay.run(plan.ops, plan.resident_at_start).step_s,
+    }  # fmt: skip
 
 
 def least_bytes(args: Any) -> int:
@@ -92,13 +101,13 @@ def main() -> None:
     elif args.kind in ("plain", "checkpointing"):
         serve(lambda: plain(args.shape, checkpointing=args.kind == "checkpointing"), args)
     else:
-        now: dict[str, float | None] = {"foretold_s": None}
+        now: dict[str, float | None] = {}
 
         def measured(rates: dict[str, float]) -> None:
             """Bounds are of this minute from now on; plans stay."""
             run = offload.runtime(held[0])
             run.parts.machine = Machine(**rates)
-            now["foretold_s"] = foretold_s(run)
+            now.update(anew(run))
 
         serve(
             lambda: managed(args, args.budget, held), args,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from offload.prefetch.bounds import IDLE, Drive, Limit
+from offload.prefetch.trace import Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class Forecast:
     write_bytes: int
     binding: str  # "disk" or "compute": which resource makes most of bound_s
     drive: Drive = IDLE  # what the bound is made of, beside computing
+    phase_read_bytes: dict[Phase, int] = field(default_factory=dict)  # what the drive's seconds are
+    phase_write_bytes: dict[Phase, int] = field(default_factory=dict)
 
     @property
     def limit(self) -> Limit:

@@ -284,6 +284,8 @@ def _forecast(
         write_bytes=sum(writes.values()),
         binding=binding,
         drive=drive,
+        phase_read_bytes=reads,
+        phase_write_bytes=writes,
     )
 
 
