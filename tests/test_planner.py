@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from offload.prefetch.bounds import bound, drive_of
 from offload.prefetch.plan import Plan
 from offload.prefetch.planner import DoesNotFit, plan, smallest_bytes
 from offload.prefetch.trace import Access, Moment, Need, Phase, Trace
@@ -382,3 +383,31 @@ def test_reads_lie_apart_where_that_spares_some() -> None:
     kept = chunks - made.forecast.read_bytes // size
     # All but a layer's own stay while it is computed with: 201 and a sixth of all that stays.
     assert kept >= 235
+
+
+def test_a_forecast_says_what_it_moves_for_each_phase() -> None:
+    trace = _tight()
+    made = plan(trace, SLOW, smallest_bytes(trace))
+    forecast = made.forecast
+    assert sum(forecast.phase_read_bytes.values()) == forecast.read_bytes > 0
+    assert sum(forecast.phase_write_bytes.values()) == forecast.write_bytes
+    moved = forecast.phase_read_bytes, forecast.phase_write_bytes
+    limit = bound(drive_of(SLOW, *moved, made.reserve_bytes), trace)
+    assert limit == forecast.limit
+
+
+def test_the_fullest_moment_does_not_forbid_to_read_ahead_elsewhere() -> None:
+    """One moment fills all memory; in the others there is room to read the next chunk ahead."""
+    trace = _tight()
+    made = plan(trace, SLOW, smallest_bytes(trace))
+    assert made.reserve_bytes > 0
+    serial_s = sum(m.compute_s for m in trace.moments) + SLOW.disk_s(made.forecast.read_bytes, 0)
+    assert made.forecast.step_s < 0.8 * serial_s
+
+
+def _tight() -> Trace:
+    """Chunks in turn, computing as long as one read; a last moment that takes all the memory."""
+    read_s = SLOW.disk_s(UNIT, 0)
+    uses = [Moment(Phase.FORWARD, (Need(c, Access.READ),), read_s, 0) for c in range(40)]
+    full = Moment(Phase.FORWARD, (Need(0, Access.READ),), 0.0, UNIT)
+    return Trace((*uses, full), (UNIT,) * 40, {})

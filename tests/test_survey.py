@@ -16,6 +16,7 @@ from offload.bind import Home
 from offload.engine import Engine
 from offload.homing import adopt_parameter
 from offload.tiers import probe, survey
+from offload.tiers.disk import SpillFile
 from offload.tiers.spec import MIB, Machine
 
 MACHINE = Machine(2e9, 4e9, 1e9, 1.5e9, 1e10)
@@ -118,3 +119,16 @@ def test_rates_are_of_each_work_while_all_are_repeated() -> None:
     slow, fast = survey.rates([work(1.0, 0.004), work(100.0, 0.001)], 0.05)
     assert 0 < slow <= 1.0 / 0.004  # never more than there can be, however busy the machine
     assert 0 < fast <= 100.0 / 0.001
+
+
+def test_the_disk_is_measured_with_more_memory_than_a_cache_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: dict[str, set[int]] = {"pull": set(), "push": set()}
+    for name, addresses in used.items():
+        monkeypatch.setattr(
+            SpillFile, name, lambda _disk, address, *_, seen=addresses: seen.add(address)
+        )
+    probe.probe(tmp_path, 256 * MIB, rounds=1)
+    for addresses in used.values():
+        assert len(addresses) * probe.BLOCK_BYTES == probe.MEMORY_BYTES >= 96 * MIB
