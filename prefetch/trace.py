@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
 
@@ -92,14 +93,15 @@ def merged(a: Trace, b: Trace) -> Trace:
 
 
 def retimed(old: Trace, *seen: Trace) -> Trace:
-    """A trace with the typical times of others, and the memory of whichever saw most."""
+    """A trace with the mean times of typical ones, and the memory of whichever saw most."""
+    typical = _typical(seen)
     moments = tuple(
         replace(
-            m, compute_s=_typical([x.compute_s for x in others]),
-            handling_s=_typical([x.handling_s for x in others]),
-            other_bytes=max(m.other_bytes, *(x.other_bytes for x in others)),
+            m, compute_s=statistics.mean([t.moments[i].compute_s for t in typical]),
+            handling_s=statistics.mean([t.moments[i].handling_s for t in typical]),
+            other_bytes=max(m.other_bytes, *(t.moments[i].other_bytes for t in seen)),
         )
-        for m, *others in zip(old.moments, *(t.moments for t in seen), strict=True)
+        for i, m in enumerate(old.moments)
     )  # fmt: skip
     return replace(old, moments=moments)
 
@@ -113,7 +115,15 @@ def paced(trace: Trace, times: float) -> Trace:
     return replace(trace, moments=moments)
 
 
-def _typical(seconds: list[float]) -> float:
-    """The mean of the middle half: single steps of a busy machine are off by a fifth and more."""
-    cut = len(seconds) // 4
-    return statistics.mean(sorted(seconds)[cut : len(seconds) - cut])
+def _typical(seen: Sequence[Trace]) -> Sequence[Trace]:
+    """The middle half by length: single steps of a busy machine are off by a fifth and more.
+
+    Whole steps, not moments: what interrupts a step hits a few of its moments, others each time,
+    and would be left out of all of them.
+    """
+    cut = len(seen) // 4
+    return sorted(seen, key=_busy_s)[cut : len(seen) - cut]
+
+
+def _busy_s(trace: Trace) -> float:
+    return sum(m.compute_s + m.handling_s for m in trace.moments)

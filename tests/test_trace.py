@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from offload.prefetch.trace import Access, Moment, Need, Phase, Trace, merged, retimed
 
 
@@ -15,6 +19,16 @@ def test_a_slow_step_among_six_changes_no_time() -> None:
     (moment,) = retimed(step(77.0), *seen).moments
     assert moment.compute_s == 1.25
     assert moment.handling_s == 1.25 / 4
+
+
+def test_what_hits_another_moment_in_each_step_is_in_the_sum() -> None:
+    (one,) = step(1.0).moments
+    hit = [
+        tuple(replace(one, compute_s=5.0 if i == j else 1.0) for i in range(6)) for j in range(6)
+    ]
+    seen = [replace(step(1.0), moments=moments) for moments in hit]
+    after = retimed(seen[0], *seen)
+    assert sum(m.compute_s for m in after.moments) == pytest.approx(10.0)
 
 
 def test_of_two_steps_times_are_means_and_memory_is_the_most() -> None:
