@@ -88,6 +88,8 @@ def test_only_what_repeats_is_left_out() -> None:
     assert repeats(attention, (x, x, x, 0.0), (x, x))
     assert not repeats(attention, (x, x, x, 0.1), (x, x))
     assert not repeats(torch.ops.aten.native_dropout.default, (x, 0.1, True), (x, x))
+    on_cuda = torch.ops.aten._scaled_dot_product_flash_attention.default
+    assert repeats(on_cuda, (x, x, x), (x, x, None, None, 4, 4, x, x, x))  # lengths among them
     assert repeats(torch.ops.aten.mm.default, (x, x), x)
     assert not repeats(torch.ops.aten._local_scalar_dense.default, (x,), 1.0)
 
