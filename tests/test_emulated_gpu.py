@@ -12,10 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_gpu import CHECKPOINTED, compare, deterministic
+from tests.test_gpu import CHECKPOINTED, STARVED, compare, deterministic
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*determinis")
 __all__ = ["deterministic"]  # a fixture that all tests here use
+
+
+def test_the_starved_budget_is_one_that_the_model_fits(zoo: Any, tmp_path: Path) -> None:
+    device = compare(zoo, "llama", "off", tmp_path, "emulated", device_memory=STARVED)
+    assert device.engine.counters.evictions > 20
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])

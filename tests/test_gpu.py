@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*determinis")
 MACHINE = Machine(2e9, 2e9, 1e9, 1e9, 8e9, 2e10)
 STEPS = 4
 # Found on the emulated device, with the attention of `deterministic`: tests/test_emulated_gpu.py.
-STARVED = "420KiB"
+STARVED = "480KiB"
 CHECKPOINTED = "400KiB"
 
 
