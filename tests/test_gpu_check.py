@@ -121,8 +121,6 @@ def test_what_needs_cuda_is_shown_as_such(check: Check) -> None:
     told = {task.name: task.not_run for part in every for task in part.tasks}
     assert told["mechanism"] == "needs CUDA"
     assert not told["1.3b none 1x4096 plain"]
-    on_a_gpu = parts.Catalogue(check.folder, emulated=False).parts()
-    assert not any(task.not_run for part in on_a_gpu for task in part.tasks)
     assert [part.number for part in every] == list(range(1, len(every) + 1))
     assert max(part.limit_s for part in every) <= 540
     assert every[0].name == "parity"

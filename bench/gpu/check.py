@@ -27,6 +27,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install into --out first")
     parser.add_argument("--minutes", type=float, default=9.0, help="of one part, at most 9")
+    parser.add_argument("--host-gb", type=float, help="what the host is taken to have; measured")
     parser.add_argument("--emulated", action="store_true", help="tiny shapes, no GPU")
     args = parser.parse_args(given)
     args.minutes = min(args.minutes, 9.0)
@@ -63,8 +64,9 @@ def show(parts: list[Part], state: State) -> None:
         print(f"{part.number:2} {part.name:14} {over} of {len(part.tasks)} done   {part.title}")
 
 
-def write(parts: list[Part], state: State, results: Path, device: dict[str, object]) -> Path:
+def write(parts: list[Part], state: State, args: argparse.Namespace) -> Path:
     """All that is known until now as one file."""
+    results, device = args.results, device_of(parts, state, args.emulated)
     name = str(device["name"]).lower().replace(" ", "-")
     file = results / f"{name}-{time.strftime('%Y-%m-%d')}.json"
     found = {
@@ -73,7 +75,8 @@ def write(parts: list[Part], state: State, results: Path, device: dict[str, obje
         for part in parts
     }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
-    told = json.dumps({"device": device, "machine": machine(), "parts": found}, indent=1)
+    there = machine() | {"taken_to_have_gb": args.host_gb}
+    told = json.dumps({"device": device, "machine": there, "parts": found}, indent=1)
     for path, name in ((state.folder, "OUT"), (ROOT, "REPO"), (sys.prefix, "PYTHON")):
         told = told.replace(str(path), name)  # errors name files of this machine
     file.write_text(told)
@@ -94,7 +97,8 @@ def main(given: list[str] | None = None, parts: list[Part] | None = None) -> int
     """0: all went well; 1: something failed or was cut."""
     args = arguments(given)
     state = State.of(args.out.absolute())
-    parts = parts or Catalogue(args.out.absolute(), emulated=args.emulated).parts()
+    catalogue = Catalogue(args.out.absolute(), emulated=args.emulated, host_gb=args.host_gb)
+    parts = parts or catalogue.parts()
     if args.list:
         show(parts, state)
         return 0
@@ -113,7 +117,7 @@ def main(given: list[str] | None = None, parts: list[Part] | None = None) -> int
         part = Part(part.number, part.name, part.title, part.tasks,
                     min(part.limit_s, 60 * args.minutes))  # fmt: skip
         good &= run_part(part, state, environment(args.out.absolute()), _say)
-        write(parts, state, args.results, device_of(parts, state, args.emulated))
+        write(parts, state, args)
     return 0 if good else 1
 
 
