@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,12 +135,41 @@ def test_what_needs_cuda_is_shown_as_such(check: Check) -> None:
 
 def test_every_program_takes_the_arguments_that_it_is_given(check: Check) -> None:
     parts: Any = importlib.import_module("gpu.parts")
-    for part in parts.Catalogue(check.folder, emulated=False).parts():
+    for part in parts.Catalogue(check.folder, emulated=False, host_gb=137).parts():
         for task in part.tasks:
             file = Path(task.command[1])
             assert file.exists()
             if file.name not in ("tests.py", "probe.py", "mechanism.py"):
                 assert f'"{task.command[2]}"' in file.read_text() or task.command[2] in parts.PEERS
+
+
+def test_names_of_logs_can_be_carried_away(check: Check) -> None:
+    parts: Any = importlib.import_module("gpu.parts")
+    catalogue = parts.Catalogue(check.folder, emulated=True)
+    logs = [
+        check.runner.log_of(check.folder, part, task).name
+        for part in catalogue.parts() for task in part.tasks
+    ]  # fmt: skip
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in logs)
+    assert len(set(logs)) == len(logs)
+
+
+def test_a_bundle_holds_what_is_worth_keeping(check: Check) -> None:
+    check.part(("a b", "import sys; print('why', file=sys.stderr)"))
+    out = check.folder / "out"
+    (out / "reports").mkdir(parents=True)
+    (out / "reports" / "x.trace.json").write_text("{}")
+    (out / "tmp1").mkdir()
+    (out / "tmp1" / "weights").write_text("left behind by a task that was cut")
+    assert check("--bundle", str(check.folder / "all.tgz")) == 0
+    with tarfile.open(check.folder / "all.tgz") as kept:
+        names = {n for n in kept.getnames() if kept.getmember(n).isfile()}
+        log = kept.extractfile("out/logs/p1-a-b.log")
+        assert log is not None
+        assert log.read() == b"why\n"
+    (results,) = (check.folder / "results").iterdir()
+    assert names == {"out/state.json", "out/logs/p1-a-b.log", "out/reports/x.trace.json",
+                     f"results/{results.name}"}  # fmt: skip
 
 
 def test_a_training_part_runs_emulated(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install into --out first")
     parser.add_argument("--minutes", type=float, default=9.0, help="of one part, at most 9")
     parser.add_argument("--host-gb", type=float, help="what the host is taken to have; measured")
+    parser.add_argument("--bundle", type=Path, help="what is worth keeping, as one .tgz")
     parser.add_argument("--emulated", action="store_true", help="tiny shapes, no GPU")
     args = parser.parse_args(given)
     args.minutes = min(args.minutes, 9.0)
@@ -83,6 +85,18 @@ def write(parts: list[Part], state: State, args: argparse.Namespace) -> Path:
     return file
 
 
+def bundle(file: Path, out: Path, results: Path) -> None:
+    """Everything to carry away; the file is whole at every moment. No temporary files of tasks."""
+    fresh = file.with_name(file.name + ".new")
+    with tarfile.open(fresh, "w:gz") as kept:
+        for name in ("state.json", "logs", "reports"):
+            if (out / name).exists():
+                kept.add(out / name, f"{out.name}/{name}")
+        kept.add(results, f"results/{results.name}")
+    fresh.replace(file)
+    _say(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+
+
 def device_of(parts: list[Part], state: State, emulated: bool) -> dict[str, object]:
     """What the probe has seen of the GPU."""
     for part in parts:
@@ -96,8 +110,9 @@ def device_of(parts: list[Part], state: State, emulated: bool) -> dict[str, obje
 def main(given: list[str] | None = None, parts: list[Part] | None = None) -> int:
     """0: all went well; 1: something failed or was cut."""
     args = arguments(given)
-    state = State.of(args.out.absolute())
-    catalogue = Catalogue(args.out.absolute(), emulated=args.emulated, host_gb=args.host_gb)
+    out = args.out.absolute()
+    state = State.of(out)
+    catalogue = Catalogue(out, emulated=args.emulated, host_gb=args.host_gb)
     parts = parts or catalogue.parts()
     if args.list:
         show(parts, state)
@@ -116,8 +131,10 @@ def main(given: list[str] | None = None, parts: list[Part] | None = None) -> int
         print(f"part {part.number} {part.name}: {part.title}", flush=True)
         part = Part(part.number, part.name, part.title, part.tasks,
                     min(part.limit_s, 60 * args.minutes))  # fmt: skip
-        good &= run_part(part, state, environment(args.out.absolute()), _say)
-        write(parts, state, args)
+        good &= run_part(part, state, environment(out), _say)
+        file = write(parts, state, args)
+        if args.bundle is not None:  # after each part: a borrowed machine's time ends when it ends
+            bundle(args.bundle, out, file)
     return 0 if good else 1
 
 
