@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/gpu_check", description=__doc__)
     parser.add_argument("--part", type=int, action="append", help="only this one; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="a cross-section instead of parts")
     parser.add_argument("--list", action="store_true", help="show the parts and how far they are")
     parser.add_argument("--again", action="store_true", help="also what is finished")
     parser.add_argument("--out", type=Path, default=Path("gpu-out"), help="logs, reports, traces")
@@ -113,7 +114,7 @@ def main(given: list[str] | None = None, parts: list[Part] | None = None) -> int
     out = args.out.absolute()
     state = State.of(out)
     catalogue = Catalogue(out, emulated=args.emulated, host_gb=args.host_gb)
-    parts = parts or catalogue.parts()
+    parts = parts or [*catalogue.parts(), catalogue.quick()]
     if args.list:
         show(parts, state)
         return 0
@@ -121,7 +122,7 @@ def main(given: list[str] | None = None, parts: list[Part] | None = None) -> int
         install(args.wheels, args.out)
     good = True
     for part in parts:
-        if args.part and part.number not in args.part:
+        if part.number not in wanted(args, parts):
             continue
         if args.again:
             state.forget(part)
@@ -136,6 +137,12 @@ def main(given: list[str] | None = None, parts: list[Part] | None = None) -> int
         if args.bundle is not None:  # after each part: a borrowed machine's time ends when it ends
             bundle(args.bundle, out, file)
     return 0 if good else 1
+
+
+def wanted(args: argparse.Namespace, parts: list[Part]) -> list[int]:
+    """Numbers of the parts to run: those asked for, else all but the cross-section (0)."""
+    asked = [*(args.part or []), *([0] if args.quick else [])]
+    return asked or [part.number for part in parts if part.number]
 
 
 def _say(line: str) -> None:

@@ -21,6 +21,7 @@ TIERED = {
     "ours-checkpointing": Stays.INPUTS, "checkpointing": Stays.INPUTS,
     "save_on_cpu": Stays.NOTHING,
 }  # fmt: skip
+PARITY_S, QUICK_S = 240.0, 530.0
 
 
 class Catalogue:
@@ -39,10 +40,6 @@ class Catalogue:
         """One program of this folder; ``cuda``: it has no emulated form."""
         why = (NEEDS_CUDA if cuda else "") if self._emulated else refusal
         return Task(name, python(file, *args, *self._common), limit_s, why)
-
-    def tests(self, file: Path) -> Task:
-        """One file of tests marked gpu."""
-        return self.task(file.stem, "tests.py", str(file), limit_s=420)
 
     def trained(self, shape: str, cap: str, tokens: str, *ways: str, batch: str = "1",
                 limit_s: float = 150, options: tuple[str, ...] = ()) -> list[Task]:  # fmt: skip
@@ -103,16 +100,35 @@ class Catalogue:
         return self.task(name, "generate.py", way, "--cap", cap, *options, limit_s=limit_s,
                          cuda=way in ("accelerate", "flexllmgen"))  # fmt: skip
 
+    def parity(self) -> list[Task]:
+        """All tests in one process, which starts once; and rates."""
+        checks = sorted(TESTS.glob("test_gpu*.py"))
+        files = [str(f) for f in checks if f.stem != "test_gpu_check"]
+        return [
+            self.task("tests", "tests.py", *files, limit_s=190),
+            self.task("probe quick", "probe.py", "--rounds", "1", limit_s=45),
+        ]
+
+    def quick(self) -> Part:
+        """The cross-section: pairs that belong together one after the other, in one call."""
+        short = ("--checkpointing", "--short")
+
+        def trained(cap: str, way: str, limit_s: float) -> list[Task]:
+            return self.trained("1.3b", cap, "4096", way, limit_s=limit_s, options=short)
+
+        tasks = [
+            *trained("none", "plain", 50), *trained("none", "ours", 60),
+            *trained("quarter", "ours", 60), *trained("quarter", "fsdp2", 70),
+            self.generated("one row ours", "ours", "6", "--short", limit_s=80),
+            self.generated("one row accelerate", "accelerate", "6", "--short", limit_s=80),
+            *trained("quarter", "deepspeed", 130),  # its CPUAdam is compiled in here
+        ]  # fmt: skip
+        return Part(0, "quick", "a cross-section in one call", tuple(tasks), QUICK_S)
+
     def parts(self) -> list[Part]:
         """All of them."""
-        checks = sorted(TESTS.glob("test_gpu*.py"))
-        checks = [f for f in checks if f.stem != "test_gpu_check"]
-        if self._emulated:
-            checks = checks[:1]
         made = [
-            ("parity", "tests marked gpu: P1 to P6; a quick probe", [
-                *map(self.tests, checks), self.task("probe quick", "probe.py", "--rounds", "1"),
-            ]),
+            ("parity", "tests marked gpu: P1 to P6; a quick probe", self.parity()),
             ("probe", "rates of every lane; frames or mapping", [
                 self.task("probe", "probe.py"),
                 self.task("mechanism", "mechanism.py", cuda=True),
@@ -159,4 +175,8 @@ class Catalogue:
                 for way in ("kv-host", "kv-device", "kv")
             ]),
         ]  # fmt: skip
-        return [Part(i, *part[:2], tuple(part[2])) for i, part in enumerate(made, 1)]
+        limits = {"parity": PARITY_S}
+        return [
+            Part(i, name, title, tuple(tasks), limits.get(name, Part.limit_s))
+            for i, (name, title, tasks) in enumerate(made, 1)
+        ]

@@ -97,9 +97,10 @@ def run_part(
             say(f"  {task.name}: no time left in this part; run it again")
             good = False
             continue
-        log = log_of(state.folder, part, task)
-        found = run_task(task, min(task.limit_s, left_s), environment, log)
-        found["cuts"] = state.get(part, task)["cuts"] + (found["status"] == "cut")
+        cuts = state.get(part, task)["cuts"]
+        limit_s = min(task.limit_s * (1 + cuts), left_s)  # more time, where it was too little
+        found = run_task(task, limit_s, environment, log_of(state.folder, part, task))
+        found["cuts"] = cuts + (found["status"] == "cut")
         state.put(part, task, found)
         say(f"  {task.name}: {told(found)}")
         good &= found["status"] in ("done", "not run")
