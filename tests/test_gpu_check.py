@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,11 +123,10 @@ def test_what_needs_cuda_is_shown_as_such(check: Check) -> None:
     told = {task.name: task.not_run for part in every for task in part.tasks}
     assert told["mechanism"] == "needs CUDA"
     assert not told["1.3b none 1x4096 plain"]
-    on_a_gpu = parts.Catalogue(check.folder, emulated=False).parts()
-    assert not any(task.not_run for part in on_a_gpu for task in part.tasks)
     assert [part.number for part in every] == list(range(1, len(every) + 1))
     assert max(part.limit_s for part in every) <= 540
     assert every[0].name == "parity"
+    assert sum(task.limit_s for task in every[0].tasks) <= every[0].limit_s <= 240
     check.parts = [every[1].__class__(1, "p", "", (every[1].tasks[1],))]
     assert check() == 0
     assert check.found["p"]["mechanism"] == {
@@ -135,12 +136,113 @@ def test_what_needs_cuda_is_shown_as_such(check: Check) -> None:
 
 def test_every_program_takes_the_arguments_that_it_is_given(check: Check) -> None:
     parts: Any = importlib.import_module("gpu.parts")
-    for part in parts.Catalogue(check.folder, emulated=False).parts():
+    catalogue = parts.Catalogue(check.folder, emulated=False, host_gb=137)
+    for part in [*catalogue.parts(), catalogue.quick()]:
         for task in part.tasks:
             file = Path(task.command[1])
             assert file.exists()
             if file.name not in ("tests.py", "probe.py", "mechanism.py"):
                 assert f'"{task.command[2]}"' in file.read_text() or task.command[2] in parts.PEERS
+
+
+def test_the_cross_section_is_one_call_and_pairs_are_alike(check: Check) -> None:
+    parts: Any = importlib.import_module("gpu.parts")
+    quick = parts.Catalogue(check.folder, emulated=False, host_gb=137).quick()
+    assert sum(task.limit_s for task in quick.tasks) <= quick.limit_s < 540
+    trained = [t.command[2:] for t in quick.tasks if t.command[1].endswith("finetune.py")]
+    capped = {c[0]: c[1:] for c in trained if "quarter" in c}
+    assert capped["ours"] == capped["deepspeed"] == capped["fsdp2"]
+    roomy = {c[0]: c[1:] for c in trained if "none" in c}
+    assert roomy["ours"] == roomy["plain"]
+    assert set(capped["ours"]) - set(roomy["ours"]) == {"quarter"}
+    generated = [t.command[2:] for t in quick.tasks if t.command[1].endswith("generate.py")]
+    assert [c[0] for c in generated] == ["ours", "accelerate"]
+    assert generated[0][1:] == generated[1][1:]
+
+
+def test_the_cross_section_is_run_when_asked_for_only(check: Check) -> None:
+    check.part(("a", ROW % 1))
+    (part,) = check.parts
+    check.parts.append(check.runner.Part(0, "quick", "", (part.tasks[0],)))
+    assert check() == 0
+    assert check.ran == ["a"]
+    assert check("--quick") == 0
+    assert check.ran == ["a", "a"]
+
+
+def test_names_of_logs_can_be_carried_away(check: Check) -> None:
+    parts: Any = importlib.import_module("gpu.parts")
+    catalogue = parts.Catalogue(check.folder, emulated=True)
+    logs = [
+        check.runner.log_of(check.folder, part, task).name
+        for part in [*catalogue.parts(), catalogue.quick()] for task in part.tasks
+    ]  # fmt: skip
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in logs)
+    assert len(set(logs)) == len(logs)
+
+
+def test_a_bundle_holds_what_is_worth_keeping(check: Check) -> None:
+    check.part(("a b", "import sys; print('why', file=sys.stderr)"))
+    out = check.folder / "out"
+    (out / "reports").mkdir(parents=True)
+    (out / "reports" / "x.trace.json").write_text("{}")
+    (out / "tmp1").mkdir()
+    (out / "tmp1" / "weights").write_text("left behind by a task that was cut")
+    assert check("--bundle", str(check.folder / "all.tgz")) == 0
+    with tarfile.open(check.folder / "all.tgz") as kept:
+        names = {n for n in kept.getnames() if kept.getmember(n).isfile()}
+        log = kept.extractfile("out/logs/p1-a-b.log")
+        assert log is not None
+        assert log.read() == b"why\n"
+    (results,) = (check.folder / "results").iterdir()
+    assert names == {"out/state.json", "out/logs/p1-a-b.log", "out/reports/x.trace.json",
+                     f"results/{results.name}"}  # fmt: skip
+
+
+def test_what_was_cut_gets_more_time(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = list[float]()
+
+    def cut(task: Any, limit_s: float, *_: Any) -> dict[str, Any]:
+        limits.append(limit_s)
+        return {"status": "cut", "why": "", "rows": [], "seconds": limit_s}
+
+    monkeypatch.setattr(check.runner, "run_task", cut)
+    check.part(("a", ""), limit_s=540)
+    assert (check(), check(), check()) == (1, 1, 0)
+    assert limits == [30.0, 60.0]
+
+
+ENDS = """
+import os
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+def test_a(): pass
+def test_b(): os._exit(3)
+def test_c(): raise ValueError
+@pytest.mark.parametrize("n", [1, 2])
+def test_d(n): pass
+def test_e(): pytest.skip()
+"""
+
+
+def test_a_test_that_ends_the_process_does_not_take_the_others_along(check: Check) -> None:
+    file = check.folder / "test_ends.py"
+    file.write_text(ENDS)
+    catalogue = importlib.import_module("gpu.parts").Catalogue(check.folder / "out", emulated=False)
+    check.parts = [check.runner.Part(1, "p", "", (catalogue.task("t", "tests.py", str(file)),))]
+    assert check() == 1
+    found = check.found["p"]["t"]
+    outcomes = {r["test"].rpartition("::")[2]: r["outcome"] for r in found["rows"] if "test" in r}
+    assert outcomes == {
+        "test_a": "passed", "test_b": "ended the process", "test_c": "failed",
+        "test_d[1]": "passed", "test_d[2]": "passed", "test_e": "skipped",
+    }  # fmt: skip
+    assert found["rows"][-1]["tests"] == {
+        "passed": 3, "ended the process": 1, "failed": 1, "skipped": 1,
+    }  # fmt: skip
+    assert found["why"].startswith("TestError: 3 passed")
 
 
 def test_a_training_part_runs_emulated(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from gpu.common import (
     arguments,
     cap_bytes,
+    checkpointed,
     llama,
     measured,
     placed,
@@ -25,20 +26,15 @@ import offload
 TIERED = {"ours-recompute": "recompute", "ours-swap": "swap", "ours-auto": "auto"}
 
 
-def checkpointed(model: Any) -> None:
-    """Under either name that transformers has for it."""
-    old = getattr(model, "gradient_checkpointing_enable", None)
-    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-
-
 def main() -> None:
     args = arguments("checkpointing", "save_on_cpu", "ours-checkpointing", *TIERED)
+    args.checkpointing = args.way.endswith("checkpointing")
     cap, shape = cap_bytes(args), shape_of(args)
     place = "cpu" if args.emulated else "cuda"
     model, ids = llama(shape), tokens_of(args, shape.vocabulary)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     saving: Callable[[], Any] = nullcontext
-    if args.way.endswith("checkpointing"):
+    if args.checkpointing:
         checkpointed(model)
     if args.way.startswith("ours"):
         offload.wrap(

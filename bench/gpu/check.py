@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -21,12 +22,15 @@ ROOT = Path(__file__).parents[2]
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/gpu_check", description=__doc__)
     parser.add_argument("--part", type=int, action="append", help="only this one; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="a cross-section instead of parts")
     parser.add_argument("--list", action="store_true", help="show the parts and how far they are")
     parser.add_argument("--again", action="store_true", help="also what is finished")
     parser.add_argument("--out", type=Path, default=Path("gpu-out"), help="logs, reports, traces")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install into --out first")
     parser.add_argument("--minutes", type=float, default=9.0, help="of one part, at most 9")
+    parser.add_argument("--host-gb", type=float, help="what the host is taken to have; measured")
+    parser.add_argument("--bundle", type=Path, help="what is worth keeping, as one .tgz")
     parser.add_argument("--emulated", action="store_true", help="tiny shapes, no GPU")
     args = parser.parse_args(given)
     args.minutes = min(args.minutes, 9.0)
@@ -63,8 +67,9 @@ def show(parts: list[Part], state: State) -> None:
         print(f"{part.number:2} {part.name:14} {over} of {len(part.tasks)} done   {part.title}")
 
 
-def write(parts: list[Part], state: State, results: Path, device: dict[str, object]) -> Path:
+def write(parts: list[Part], state: State, args: argparse.Namespace) -> Path:
     """All that is known until now as one file."""
+    results, device = args.results, device_of(parts, state, args.emulated)
     name = str(device["name"]).lower().replace(" ", "-")
     file = results / f"{name}-{time.strftime('%Y-%m-%d')}.json"
     found = {
@@ -73,11 +78,24 @@ def write(parts: list[Part], state: State, results: Path, device: dict[str, obje
         for part in parts
     }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
-    told = json.dumps({"device": device, "machine": machine(), "parts": found}, indent=1)
+    there = machine() | {"taken_to_have_gb": args.host_gb}
+    told = json.dumps({"device": device, "machine": there, "parts": found}, indent=1)
     for path, name in ((state.folder, "OUT"), (ROOT, "REPO"), (sys.prefix, "PYTHON")):
         told = told.replace(str(path), name)  # errors name files of this machine
     file.write_text(told)
     return file
+
+
+def bundle(file: Path, out: Path, results: Path) -> None:
+    """Everything to carry away; the file is whole at every moment. No temporary files of tasks."""
+    fresh = file.with_name(file.name + ".new")
+    with tarfile.open(fresh, "w:gz") as kept:
+        for name in ("state.json", "logs", "reports"):
+            if (out / name).exists():
+                kept.add(out / name, f"{out.name}/{name}")
+        kept.add(results, f"results/{results.name}")
+    fresh.replace(file)
+    _say(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 
 
 def device_of(parts: list[Part], state: State, emulated: bool) -> dict[str, object]:
@@ -93,8 +111,10 @@ def device_of(parts: list[Part], state: State, emulated: bool) -> dict[str, obje
 def main(given: list[str] | None = None, parts: list[Part] | None = None) -> int:
     """0: all went well; 1: something failed or was cut."""
     args = arguments(given)
-    state = State.of(args.out.absolute())
-    parts = parts or Catalogue(args.out.absolute(), emulated=args.emulated).parts()
+    out = args.out.absolute()
+    state = State.of(out)
+    catalogue = Catalogue(out, emulated=args.emulated, host_gb=args.host_gb)
+    parts = parts or [*catalogue.parts(), catalogue.quick()]
     if args.list:
         show(parts, state)
         return 0
@@ -102,7 +122,7 @@ def main(given: list[str] | None = None, parts: list[Part] | None = None) -> int
         install(args.wheels, args.out)
     good = True
     for part in parts:
-        if args.part and part.number not in args.part:
+        if part.number not in wanted(args, parts):
             continue
         if args.again:
             state.forget(part)
@@ -112,9 +132,17 @@ def main(given: list[str] | None = None, parts: list[Part] | None = None) -> int
         print(f"part {part.number} {part.name}: {part.title}", flush=True)
         part = Part(part.number, part.name, part.title, part.tasks,
                     min(part.limit_s, 60 * args.minutes))  # fmt: skip
-        good &= run_part(part, state, environment(args.out.absolute()), _say)
-        write(parts, state, args.results, device_of(parts, state, args.emulated))
+        good &= run_part(part, state, environment(out), _say)
+        file = write(parts, state, args)
+        if args.bundle is not None:  # after each part: a borrowed machine's time ends when it ends
+            bundle(args.bundle, out, file)
     return 0 if good else 1
+
+
+def wanted(args: argparse.Namespace, parts: list[Part]) -> list[int]:
+    """Numbers of the parts to run: those asked for, else all but the cross-section (0)."""
+    asked = [*(args.part or []), *([0] if args.quick else [])]
+    return asked or [part.number for part in parts if part.number]
 
 
 def _say(line: str) -> None:

@@ -4,49 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu.fits import Stays, given_bytes, given_host_bytes, need
 from gpu.runner import line
+from gpu.shapes import GB, TINY, Shape, memory_bytes, named
 from torch import nn
 
 Step = Callable[[], Any]
 
-GB = 10**9
 PATTERN = 1 << 20  # elements that weights repeat: random numbers for billions take minutes
-KEPT_FREE = 0.06  # of a cap, for what torch's allocator cannot use and kernels take for a moment
 WARM_STEPS, STEPS = 6, 5  # recorded, twice; replayed while moments are timed; then counted
-HOST_GIVEN = 0.88  # of the host's memory, as the budget
-HOST_SHARE = 0.75  # of the host's memory, for a model with its gradients and state
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama's dimensions; heads of 128, embeddings not tied."""
-
-    hidden: int
-    layers: int
-    inner: int
-    vocabulary: int = 32000
-    head: int = 128
-
-    @property
-    def parameters(self) -> int:
-        """How many there are."""
-        layer = 4 * self.hidden**2 + 3 * self.hidden * self.inner + 2 * self.hidden
-        return self.layers * layer + 2 * self.vocabulary * self.hidden + self.hidden
-
-
-SHAPES = {"1.3b": Shape(2048, 24, 5504), "3b": Shape(3072, 26, 8192)}
-TINY = Shape(64, 3, 112, 192, 16)
-LAYER_OF_LARGEST = Shape(4096, 1, 11008)
+SHORT_STEPS = 3  # counted, of a short run
 
 
 def arguments(*ways: str) -> argparse.Namespace:
@@ -59,6 +34,9 @@ def arguments(*ways: str) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--checkpointing", action="store_true", help="layers are run again")
+    parser.add_argument("--short", action="store_true", help="fewer steps, layers and tokens")
+    parser.add_argument("--host-gb", type=float, help="what the host is taken to have")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--emulated", action="store_true")
     args = parser.parse_args()
@@ -69,13 +47,7 @@ def arguments(*ways: str) -> argparse.Namespace:
 
 def shape_of(args: argparse.Namespace) -> Shape:
     """The shape that was asked for; the largest is what full training of fits the host."""
-    if args.emulated:
-        return TINY
-    if args.shape != "largest":
-        return SHAPES[args.shape]
-    room = HOST_SHARE * host_bytes() / 16
-    one, two = (replace(LAYER_OF_LARGEST, layers=n).parameters for n in (1, 2))
-    return replace(LAYER_OF_LARGEST, layers=max(int((room - one) / (two - one)) + 1, 1))
+    return TINY if args.emulated else named(args.shape, host_bytes(args))
 
 
 def fill(model: nn.Module) -> nn.Module:
@@ -135,34 +107,43 @@ def cap_bytes(args: argparse.Namespace) -> int | None:
 
 
 def _needed_bytes(args: argparse.Namespace) -> int:
-    """What the unwrapped run of this shape has taken, in an earlier task of the same folder."""
+    """What the unwrapped run of the same has taken, in an earlier task of the same folder."""
+    same = {"way": "plain", "shape": args.shape, "cap": "none",
+            "tokens": args.batch * args.tokens, "checkpointing": args.checkpointing}  # fmt: skip
     with suppress(OSError, ValueError):
-        for name, found in json.loads((args.out / "state.json").read_text()).items():
-            if name.endswith(f"{args.shape} none {args.batch}x{args.tokens} plain"):
-                return int(found["rows"][-1]["device_peak_bytes"])
-    parameters = shape_of(args).parameters
-    return 16 * parameters + 40 * parameters // 16  # it was cut, say: state and some activations
+        for found in json.loads((args.out / "state.json").read_text()).values():
+            for row in found["rows"]:
+                if same.items() <= row.items():
+                    return int(row["device_peak_bytes"])
+    stays = Stays.INPUTS if args.checkpointing else Stays.ALL  # it was cut, say: by arithmetic
+    return need(shape_of(args), args.batch * args.tokens, "plain", stays=stays).device_bytes
 
 
 def placed(args: argparse.Namespace, cap: int | None) -> dict[str, Any]:
     """``wrap``'s words for the budgets. The host's: what is free is less while a model is there."""
     if args.emulated:
         return {"device": "emulated", "device_memory": cap or "64MiB", "host_memory": "64MiB"}
-    where: dict[str, Any] = {"device": "cuda", "host_memory": int(HOST_GIVEN * host_bytes())}
+    where: dict[str, Any] = {"device": "cuda", "host_memory": given_host_bytes(host_bytes(args))}
     if cap is not None:
-        where["device_memory"] = int(cap * (1 - KEPT_FREE))
+        where["device_memory"] = given_bytes("ours", cap)
     return where
 
 
-def host_bytes() -> int:
-    """Physical memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def host_bytes(args: argparse.Namespace) -> int:
+    """What this machine is taken to have."""
+    return memory_bytes(args.host_gb)
 
 
 def tokens_of(args: argparse.Namespace, vocabulary: int) -> torch.Tensor:
     """Ids [batch, tokens], the same for all contestants; on the CPU."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, vocabulary, (args.batch, args.tokens), generator=generator)
+
+
+def checkpointed(model: Any) -> None:
+    """Run layers again in the backward pass, under either name that transformers has for it."""
+    old = getattr(model, "gradient_checkpointing_enable", None)
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
 
 def stepper(model: Any, optimizer: Any, ids: torch.Tensor) -> Step:
@@ -197,13 +178,19 @@ def timed(step: Callable[[], Any], warm: int, count: int) -> tuple[list[float], 
     return seconds, losses
 
 
+def steps_of(args: argparse.Namespace) -> tuple[int, int]:
+    """How many steps warm up, and how many are counted."""
+    return WARM_STEPS, SHORT_STEPS if args.short else STEPS
+
+
 def measured(args: argparse.Namespace, shape: Shape, seconds: Sequence[float],
              losses: Sequence[float]) -> dict[str, Any]:  # fmt: skip
     """A row: FLOPs are 6 for each parameter and token, with no padding in the batch."""
     step_s, tokens = statistics.median(seconds), args.batch * args.tokens
     return {
         "shape": args.shape, "parameters": shape.parameters, "cap": args.cap,
-        "tokens": tokens, "step_s": step_s, "steps_s": list(seconds),
+        "checkpointing": args.checkpointing, "tokens": tokens,
+        "step_s": step_s, "steps_s": list(seconds),
         "tokens_per_s": tokens / step_s, "tflops": 6 * shape.parameters * tokens / step_s / 1e12,
         "losses": list(losses)[:4], **peaks(),
         "says": f"{step_s:.3f} s, {tokens / step_s:.0f} tokens/s",

@@ -2,7 +2,8 @@
 
 One sequence length, no padding, AdamW (fused, lr 1e-5), the same ids and starting weights. Ours:
 weights, gradients and state on the host, computed with in bf16 frames. ``plain``: float32 weights
-on the device under autocast.
+on the device under autocast. With ``--checkpointing`` all of them run layers again, except
+"ours-auto", which chooses by itself what becomes of activations.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from typing import Any
 
 import torch
 from gpu.common import (
-    STEPS,
-    WARM_STEPS,
     Step,
     arguments,
     cap_bytes,
+    checkpointed,
     llama,
     measured,
     placed,
     plain_stats,
     shape_of,
     stepper,
+    steps_of,
     timed,
     tokens_of,
     write_reports,
@@ -40,8 +41,10 @@ def ours(args: argparse.Namespace, cap: int | None, held: list[Any], disk: str |
     """Three lines of offload in a plain loop."""
     shape = shape_of(args)
     model = llama(shape)
+    if args.checkpointing:
+        checkpointed(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    where = placed(args, cap)
+    where = placed(args, cap) | {"activations": "auto" if args.way == "ours-auto" else "keep"}
     if disk is not None:
         where |= {"disk": disk, "host_memory": 10 * shape.parameters + (64 << 20)}
     # Streamed: nothing lives on the device, so all crosses the bus and is updated on the host.
@@ -56,6 +59,8 @@ def plain(args: argparse.Namespace) -> Step:
     shape = shape_of(args)
     place = "cpu" if args.emulated else "cuda"
     model = llama(shape).to(place)
+    if args.checkpointing:
+        checkpointed(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ids = tokens_of(args, shape.vocabulary).to(place)
     inner = stepper(model, optimizer, ids)
@@ -68,7 +73,9 @@ def plain(args: argparse.Namespace) -> Step:
 
 
 def main() -> None:
-    args = arguments("plain", "ours", "ours-again", "ours-streamed", "ours-disk", *PEERS)
+    args = arguments(
+        "plain", "ours", "ours-again", "ours-streamed", "ours-auto", "ours-disk", *PEERS
+    )  # fmt: skip
     cap = cap_bytes(args)
     held: list[Any] = []
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
@@ -82,11 +89,13 @@ def main() -> None:
             step = ours(args, cap, held, folder if args.way == "ours-disk" else None)
         shape = shape_of(args)
         line({"began": True})
-        row = measured(args, shape, *timed(step, WARM_STEPS, STEPS)) | {"way": args.way}
+        row = measured(args, shape, *timed(step, *steps_of(args)))
+        row |= {"way": args.way, "cap_bytes": cap}
         if held:
             row["stats"] = plain_stats(held[0])
             line(row)
-            name = f"{args.shape}-{args.cap}-{args.tokens}-{args.way}"
+            again = "-checkpointing" if args.checkpointing else ""
+            name = f"{args.shape}-{args.cap}-{args.tokens}{again}-{args.way}"
             line({"reports": write_reports(held[0], args, name)})
             held[0].close()
         else:

@@ -32,25 +32,34 @@ from offload.places import BlockPlan
 
 LAYERS = 48
 INT4_LAYERS = 12  # quantising takes the CPU some seconds a layer
+SHORT_LAYERS = 12
 HOST_SHARE = 0.55
-NEW, PROMPT = 16, 32
+NEW, SHORT_NEW, PROMPT = 16, 10, 32
+KV_LAYERS, KV_PROMPT, KV_PLAN = 12, 1024, BlockPlan(8, 4)  # 11 GB of keys and values
 
 
-def opt(args: argparse.Namespace, layers: int) -> Any:
-    """OPT with OPT-30B's dimensions, bf16; tiny where emulated."""
-    from transformers import OPTConfig, OPTForCausalLM
+def opt_config(args: argparse.Namespace, layers: int) -> Any:
+    """OPT-30B's dimensions; tiny where emulated."""
+    from transformers import OPTConfig
 
     hidden, inner, heads, vocabulary = (7168, 28672, 56, 50272)
     if args.emulated:
         hidden, inner, heads, vocabulary, layers = 128, 256, 2, 192, 3
     layer_bytes = 2 * (4 * hidden**2 + 2 * hidden * inner)
-    room = HOST_SHARE * host_bytes()
-    layers = min(layers, int(room // layer_bytes))
-    config = OPTConfig(
+    room = HOST_SHARE * host_bytes(args)
+    layers = min(layers, SHORT_LAYERS if args.short else layers, int(room // layer_bytes))
+    return OPTConfig(
         vocab_size=vocabulary, hidden_size=hidden, ffn_dim=inner, num_hidden_layers=layers,
         num_attention_heads=heads, word_embed_proj_dim=hidden, max_position_embeddings=2048,
         eos_token_id=None, pad_token_id=1, bos_token_id=None,
     )  # fmt: skip
+
+
+def opt(args: argparse.Namespace, layers: int) -> Any:
+    """OPT of such dimensions, in bf16."""
+    from transformers import OPTForCausalLM
+
+    config = opt_config(args, layers)
     return fill(bare(lambda: OPTForCausalLM(config), torch.bfloat16)).eval()
 
 
@@ -74,7 +83,7 @@ class Clock:
 def one_row(args: argparse.Namespace, model: Any, place: str) -> dict[str, Any]:
     """``model.generate`` as a user would call it; seconds of a token after the first few."""
     ids = torch.arange(2, 2 + PROMPT)[None].to(place)
-    clock, new = Clock(), 8 if args.emulated else NEW
+    clock, new = Clock(), 8 if args.emulated else SHORT_NEW if args.short else NEW
     with torch.no_grad():
         model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
@@ -89,17 +98,17 @@ def one_row(args: argparse.Namespace, model: Any, place: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def many_rows(args: argparse.Namespace, model: Any, rows: int, prompt: int,
+def many_rows(args: argparse.Namespace, model: Any, plan: BlockPlan, prompt: int,
               kv_memory: str | None = None, attention: str = "auto") -> dict[str, Any]:  # fmt: skip
-    """``runtime.generate``: all rows side by side."""
-    run, steps = offload.runtime(model), list[Any]()
+    """``runtime.generate``: all rows of the plan side by side."""
+    run, steps, rows = offload.runtime(model), list[Any](), plan.rows
     generator = torch.Generator().manual_seed(1)
     vocabulary = int(model.config.vocab_size)
     prompts = torch.randint(3, vocabulary, (rows, prompt), generator=generator)
     began_s = time.perf_counter()
     run.generate(
         list(prompts), 8 if args.emulated else NEW, kv_memory=kv_memory,
-        attention=attention, plan=BlockPlan(rows), on_step=steps.append,
+        attention=attention, plan=plan, on_step=steps.append,
     )  # fmt: skip
     took_s, new = time.perf_counter() - began_s, sum(s.new_tokens for s in steps)
     later = [s for s in steps[4:] if not s.prompt_tokens]
@@ -122,14 +131,15 @@ def kv_beyond(args: argparse.Namespace, cap: int | None) -> dict[str, Any]:
     """Keys and values of all rows larger than the cap, in host memory, some on disk.
 
     Attention to them on the host ("kv-host"), after a copy ("kv-device"), or as measured ("kv").
+    Activations of prompts are on the device, so a few rows at a time have their turn.
     """
     attention = args.way.removeprefix("kv").removeprefix("-") or "auto"
-    rows, prompt = (2, 16) if args.emulated else (64, 1024)
+    plan, prompt = (BlockPlan(1, 2), 16) if args.emulated else (KV_PLAN, KV_PROMPT)
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         where = placed(args, cap) | {"disk": folder}
-        model = opt(args, 12)
+        model = opt(args, KV_LAYERS)
         offload.wrap(model, **where)
-        found = many_rows(args, model, rows, prompt, "8MiB" if args.emulated else "8GiB", attention)
+        found = many_rows(args, model, plan, prompt, "8MiB" if args.emulated else "8GiB", attention)
         offload.runtime(model).close()
     return found
 
@@ -162,7 +172,7 @@ def main() -> None:
     elif args.way == "many":
         model = wrapped(args, cap, LAYERS)
         for rows in (2,) if args.emulated else (8, 64):
-            line(many_rows(args, model, rows, PROMPT))
+            line(many_rows(args, model, BlockPlan(rows), PROMPT))
     elif args.way == "int4":
         for dtype in (None, "int4"):
             model = wrapped(args, cap, INT4_LAYERS, weight_dtype=dtype)

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from gpu.common import (
-    GB,
-    LAYER_OF_LARGEST,
-    STEPS,
-    WARM_STEPS,
     arguments,
     cap_bytes,
+    checkpointed,
     llama,
     measured,
     placed,
     plain_stats,
     shape_of,
     stepper,
+    steps_of,
     timed,
     tokens_of,
 )
 from gpu.runner import line
+from gpu.shapes import GB, LORA
 
 import offload
 
 
 def main() -> None:
     args = arguments("ours", "plain")
-    shape = shape_of(args)
-    if not args.emulated:
-        shape = replace(LAYER_OF_LARGEST, layers=32)
+    shape = shape_of(args) if args.emulated else LORA
     weights = 2 * shape.parameters
     args.cap = f"{weights / 3 / GB:.2f}" if args.way == "ours" else "none"
     cap = cap_bytes(args)
@@ -40,6 +36,8 @@ def main() -> None:
     base: Any = llama(shape, torch.bfloat16)
     told = LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model: Any = get_peft_model(base, told)
+    if args.checkpointing:
+        checkpointed(model)
     place = "cpu" if args.emulated else "cuda"
     ids = tokens_of(args, shape.vocabulary)
     if args.way == "plain":
@@ -49,7 +47,7 @@ def main() -> None:
     if args.way == "ours":
         offload.wrap(model, optimizer, compute_dtype=torch.bfloat16, **placed(args, cap))
 
-    row = measured(args, shape, *timed(stepper(model, optimizer, ids), WARM_STEPS, STEPS))
+    row = measured(args, shape, *timed(stepper(model, optimizer, ids), *steps_of(args)))
     # Gradients of weights are not computed: 4 FLOPs for each parameter and token, not 6.
     row |= {"way": args.way, "shape": "lora", "tflops": row["tflops"] * 4 / 6}
     if args.way == "ours":

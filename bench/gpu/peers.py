@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu.common import Step, llama, shape_of, stepper, tokens_of
+from gpu.common import Step, checkpointed, llama, shape_of, stepper, tokens_of
 
 
 def alone() -> None:
@@ -22,12 +22,19 @@ def alone() -> None:
     )  # fmt: skip
 
 
+def fresh(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> Any:
+    """The same model for all, layers run again where that is asked of all."""
+    model = llama(shape_of(args), dtype)
+    if args.checkpointing:
+        checkpointed(model)
+    return model
+
+
 def deepspeed(args: argparse.Namespace) -> Step:
     """ZeRO-3 with parameters and optimizer in pinned host memory; its CPUAdam is compiled here."""
     alone()
     import deepspeed as ds
 
-    shape = shape_of(args)
     where = {"device": "cpu", "pin_memory": True}
     config = {
         "train_micro_batch_size_per_gpu": args.batch, "steps_per_print": 10**9,
@@ -37,9 +44,9 @@ def deepspeed(args: argparse.Namespace) -> Step:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
     }  # fmt: skip
     ds.init_distributed("nccl")
-    model = llama(shape, torch.bfloat16)
+    model = fresh(args, torch.bfloat16)
     engine, *_ = ds.initialize(model=model, config=config, model_parameters=model.parameters())
-    ids = tokens_of(args, shape.vocabulary).cuda()
+    ids = tokens_of(args, shape_of(args).vocabulary).cuda()
 
     def step() -> Any:
         loss = engine(input_ids=ids, labels=ids).loss
@@ -56,13 +63,12 @@ def fsdp2(args: argparse.Namespace) -> Step:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    shape = shape_of(args)
     mesh = init_device_mesh("cuda", (1,))
     told = {
         "mesh": mesh, "offload_policy": CPUOffloadPolicy(pin_memory=True),
         "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16),
     }  # fmt: skip
-    model = llama(shape)
+    model = fresh(args)
     for layer in model.model.layers:
         fully_shard(layer, **told)
     fully_shard(model, **told)
@@ -70,19 +76,18 @@ def fsdp2(args: argparse.Namespace) -> Step:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.cuda())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    return stepper(model, optimizer, tokens_of(args, shape.vocabulary).cuda())
+    return stepper(model, optimizer, tokens_of(args, shape_of(args).vocabulary).cuda())
 
 
 def torchao(args: argparse.Namespace) -> Step:
     """Weights in bf16 on the device, optimizer state on the host (no float32 masters)."""
     from torchao.optim import CPUOffloadOptimizer
 
-    shape = shape_of(args)
-    model = llama(shape, torch.bfloat16).cuda()
+    model = fresh(args, torch.bfloat16).cuda()
     optimizer = CPUOffloadOptimizer(
         model.parameters(), torch.optim.AdamW, offload_gradients=True, lr=1e-5, fused=True
     )
-    return stepper(model, optimizer, tokens_of(args, shape.vocabulary).cuda())
+    return stepper(model, optimizer, tokens_of(args, shape_of(args).vocabulary).cuda())
 
 
 PEER_STEPS: dict[str, Callable[[argparse.Namespace], Step]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -96,19 +97,26 @@ def run_part(
             say(f"  {task.name}: no time left in this part; run it again")
             good = False
             continue
-        found = run_task(task, min(task.limit_s, left_s), environment, state.folder)
-        found["cuts"] = state.get(part, task)["cuts"] + (found["status"] == "cut")
+        cuts = state.get(part, task)["cuts"]
+        limit_s = min(task.limit_s * (1 + cuts), left_s)  # more time, where it was too little
+        found = run_task(task, limit_s, environment, log_of(state.folder, part, task))
+        found["cuts"] = cuts + (found["status"] == "cut")
         state.put(part, task, found)
         say(f"  {task.name}: {told(found)}")
         good &= found["status"] in ("done", "not run")
     return good
 
 
-def run_task(task: Task, limit_s: float, environment: dict[str, str], folder: Path) -> Row:
-    """Its rows and how it ended: done, failed, cut or not run. Its log goes to the folder."""
+def log_of(folder: Path, part: Part, task: Task) -> Path:
+    """Where a task's log goes: a name of letters, digits, dots and dashes."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{part.name}-{task.name}")
+    return folder / "logs" / f"{name}.log"
+
+
+def run_task(task: Task, limit_s: float, environment: dict[str, str], log: Path) -> Row:
+    """Its rows and how it ended: done, failed, cut or not run."""
     if task.not_run:
         return {"status": "not run", "why": task.not_run, "rows": [], "seconds": 0.0}
-    log = folder / "logs" / f"{task.name.replace('/', '-')}.log"
     log.parent.mkdir(exist_ok=True)
     began_s, rows = time.monotonic(), list[Row]()
     with log.open("wb") as errors:
