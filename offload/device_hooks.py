@@ -118,7 +118,7 @@ class DeviceHooks:
             call = call_of("", args, kwargs)
             if kind is Kind.TRAIN and self._levels[0].current is None:
                 self._units.decide(self._levels)
-            self._device.settle_residents(self._levels[0])
+            self._device.settle_residents(self._levels[0], call.extent * (kind is Kind.TRAIN))
             modes = [steps.begin(kind, call) for steps in self._levels]
             if kind is Kind.TRAIN:
                 self._units.begin_pass(call.extent)
@@ -146,6 +146,7 @@ class DeviceHooks:
                     steps.end()
             else:
                 self._units.planned.end_pass()
+                self._device.leave_forward()
                 self._host.leave_forward()
 
     def _moved(self, args: Any, kwargs: Any) -> Any:
@@ -203,12 +204,20 @@ class DeviceHooks:
 
     def _read_resident(self, param: nn.Parameter) -> Tensor:
         """Of a weight that lives on the device: itself, or converted to what is computed in."""
-        assert self._device.residents is not None
-        view = self._device.residents.value(param)
-        if view is None or not (self._pass.running() or self._pass.reruns() or backward_runs()):
+        residents = self._device.residents
+        assert residents is not None
+        recorded = param.requires_grad and torch.is_grad_enabled()
+        with self._locked():
+            residents.read(param, recorded=recorded)
+        if not (self._pass.running() or self._pass.reruns() or backward_runs()):
             return param
-        if param.requires_grad and torch.is_grad_enabled():
+        view = residents.value(param)
+        if recorded and view is None:
+            return param
+        if recorded:
             return Use.apply(param, view, deliver_here, None)  # type: ignore[no-any-return]
+        # Not noted as in use: an operation that runs while it goes home has what it began with.
+        view = param if view is None else view
         return view.detach().requires_grad_(param.requires_grad)
 
     # -- backward ---------------------------------------------------------------------------
@@ -289,8 +298,8 @@ class DeviceHooks:
 
 
 def deliver_here(param: nn.Parameter, grad: Tensor) -> Tensor:
-    """A gradient of a weight that lives where it is made."""
-    return deliver(grad, param)
+    """A gradient of a weight that lived where it is made when it was read."""
+    return grad.to(param.dtype)
 
 
 COMPILED = (
