@@ -336,9 +336,15 @@ class Device:
                 tape.copied("d2h", start_s, size_bytes, end_s)
 
     def await_sent(self, tape: Tape | None) -> None:
-        """A pass ends: no gradient is on its way any more."""
+        """A backward pass ends: no gradient is on its way any more. Raises what a copy raised."""
         if self.outgoing is not None:
             self.outgoing.wait_all()
+        self.settle_sent(tape)
+
+    def abandon_sent(self, tape: Tape | None) -> None:
+        """Outside of backward passes: what is on its way is of one that was cut short."""
+        if self.outgoing is not None:
+            self.outgoing.abandon_all()
         self.settle_sent(tape)
 
     def tier_stats(self) -> dict[str, int]:
@@ -372,7 +378,7 @@ class Device:
 
     def close(self) -> None:
         """Free the frames and stop the lanes."""
-        self.await_sent(None)
+        self.abandon_sent(None)
         if self.outgoing is not None:
             self.outgoing.lane.close()
         self.engine.retire()
