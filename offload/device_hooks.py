@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from offload.activations import KEEP_ALL, Means, Planned
 from offload.bind import Binding, Home
 from offload.callers import caller_of_hooks, refuse_transforms
-from offload.calls import call_of
+from offload.calls import call_of, entries
 from offload.device import frame_dtype
 from offload.device_engine import Device
 from offload.engine import Engine
@@ -59,6 +60,7 @@ class DeviceHooks:
             (c.size_bytes for c in level.frames.chunks), default=0
         )
         self._undo = ExitStack()
+        self._model = model
         self._attach(model)
 
     def remove(self) -> None:
@@ -84,10 +86,8 @@ class DeviceHooks:
         undo.callback(self._units.close)
         undo.callback(move_buffers, model, torch.device("cpu"))
         move_buffers(model, self._device.place)
-        handles = [
-            model.register_forward_pre_hook(Hook(self._enter_root), prepend=True, with_kwargs=True),
-            model.register_forward_hook(Hook(self._leave_root), always_call=True),
-        ]
+        parts = {"": model} | entries(model)
+        handles = [h for name, part in parts.items() for h in self._entry(name, part)]
         for home in self._binding.homes.values():
             if home.family.trained:
                 before, after = self._gradient(home)
@@ -100,7 +100,31 @@ class DeviceHooks:
 
     # -- forward ----------------------------------------------------------------------------
 
-    def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _entry(self, name: str, part: nn.Module) -> list[RemovableHandle]:
+        """Hooks on the model, and on a part that is called by itself: an encoder, by ``generate``.
+
+        What is called within a pass belongs to that.
+        """
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return self._enter(name, module, args, kwargs) if self._begins(module) else None
+
+        def leave(module: nn.Module, args: object, output: object) -> None:
+            if module is self._model or self._pass.entry is module:
+                self._leave()
+
+        return [
+            part.register_forward_pre_hook(Hook(enter), prepend=True, with_kwargs=True),
+            part.register_forward_hook(Hook(leave), always_call=True),
+        ]
+
+    def _begins(self, module: nn.Module) -> bool:
+        """Whether a call of this module is a pass of its own."""
+        if module is self._model or torch.compiler.is_compiling():  # that is refused
+            return True
+        return not (self._pass.reruns() or backward_runs() or self._pass.running())
+
+    def _enter(self, part: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if compiled(module):
             raise OffloadError(COMPILED)
         refuse_transforms()
@@ -110,15 +134,18 @@ class DeviceHooks:
             self._device.engine.frames.pool.memory.follow()
             self._pass.leave()  # an interrupt may have skipped the last leave
             self._end_pass()
+            self._pass.entry = module
             self._grads.nothing_in_flight()
             check_parameters(module, self._binding)
-            self._host.moves.trust.hooks = has_user_hooks(module)
+            self._host.moves.trust.hooks = has_user_hooks(self._model)
             self._device.engine.frames.scrutiny.careful = self._host.moves.trust.hooks
             kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
-            call = call_of("", args, kwargs)
+            call = call_of(part, args, kwargs)
             if kind is Kind.TRAIN and self._levels[0].current is None:
                 self._units.decide(self._levels)
-            self._device.settle_residents(self._levels[0], call.extent * (kind is Kind.TRAIN))
+            # What a part is given says nothing of what the model will be given.
+            extent = call.extent if kind is Kind.TRAIN and not part else 0
+            self._device.settle_residents(self._levels[0], extent)
             modes = [steps.begin(kind, call) for steps in self._levels]
             if kind is Kind.TRAIN:
                 self._units.begin_pass(call.extent)
@@ -135,7 +162,7 @@ class DeviceHooks:
         self._pass.frame = caller_of_hooks()
         return self._moved(args, kwargs)
 
-    def _leave_root(self, module: nn.Module, args: object, output: object) -> None:
+    def _leave(self) -> None:
         with self._lock:
             self._pass.leave()
             self._end_pass()
@@ -291,7 +318,8 @@ class DeviceHooks:
 
     def _end_pass(self) -> None:
         """User code runs from here: no copy of a weight is kept."""
-        self._pass.frame, self._pass.backward = None, False
+        self._pass.frame = self._pass.entry = None
+        self._pass.backward = False
         self._units.planned.poll()
         self._device.abandon_sent(self._host.tape)
         self._device.end_pass()
