@@ -226,8 +226,7 @@ class DeviceHooks:
         if param.requires_grad and torch.is_grad_enabled():
             alive = self._reads.note(param, again=recomputes)
             return Use.apply(param, view, self._gradient_out, alive)  # type: ignore[no-any-return]
-        # Where nothing is recorded, too, matmul chooses its kernel by whether this is required.
-        return view.requires_grad_(param.requires_grad)
+        return self._unrecorded(view, param)
 
     def _read_resident(self, param: nn.Parameter) -> Tensor:
         """Of a weight that lives on the device: itself, or converted to what is computed in."""
@@ -244,8 +243,15 @@ class DeviceHooks:
         if recorded:
             return Use.apply(param, view, deliver_here, None)  # type: ignore[no-any-return]
         # Not noted as in use: an operation that runs while it goes home has what it began with.
-        view = param if view is None else view
-        return view.detach().requires_grad_(param.requires_grad)
+        return self._unrecorded((param if view is None else view).detach(), param)
+
+    def _unrecorded(self, view: Tensor, param: nn.Parameter) -> Tensor:
+        """What is read where nothing is recorded: matmul chooses its kernel by whether gradients
+        are required. Autocast keeps what it made of such a leaf until its context ends, and in
+        there nothing else asks.
+        """
+        kept = torch.is_autocast_enabled(self._device.place.type)
+        return view.requires_grad_(param.requires_grad and not kept)
 
     # -- backward ---------------------------------------------------------------------------
 
