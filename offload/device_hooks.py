@@ -130,6 +130,8 @@ class DeviceHooks:
         refuse_transforms()
         if self._device.place.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise OffloadError(CAPTURED)
+        if self._pass.backward and not backward_runs():
+            await_autograd(self._device.place)  # not under the lock: it may want that
         with self._lock:
             self._device.engine.frames.pool.memory.follow()
             self._pass.leave()  # an interrupt may have skipped the last leave
@@ -334,6 +336,14 @@ class DeviceHooks:
 def deliver_here(param: nn.Parameter, grad: Tensor) -> Tensor:
     """A gradient of a weight that lived where it is made when it was read."""
     return grad.to(param.dtype)
+
+
+def await_autograd(place: torch.device) -> None:
+    """A backward pass was cut short: its thread for the device may be amid a node. Behind that, on
+    the same thread, comes a pass of ours.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        torch.zeros((), device=place, requires_grad=True).clone().backward()
 
 
 COMPILED = (
