@@ -105,6 +105,7 @@ def _attach_residents(run: Runtime, trained: Trained | None, replan: Callable[[]
     residents = Residents(levels, device.place, device.dtype, trained, changed)
     device.residents = residents
     device.engine.give_up = give_up
+    device.engine.stuck_bytes = lambda: residents.bytes if residents.owes else 0
     device.steps.all_fits = lambda _: residents.complete
 
 

@@ -21,6 +21,7 @@ from offload.outgoing import Outgoing
 from offload.prefetch.plan import Ops
 from offload.prefetch.trace import Access, Need, Phase
 from offload.residents import Residents
+from offload.saved import Saved
 from offload.steps import Kind, Steps
 from offload.tape import Tape
 from offload.tiers.bus import Bus
@@ -46,6 +47,7 @@ class DeviceEngine(Engine):
         self._put_off: set[int] = set()  # planned drops of chunks that tensors still refer to
         self._largest_result = 0  # bytes of an operation's result in a watched forward pass
         self.give_up: Callable[[], bool] = lambda: False  # of what lives here: frees some of it
+        self.stuck_bytes: Callable[[], int] = lambda: 0  # of that, what graphs hold
 
     def need(self, phase: Phase, needs: tuple[Need, ...]) -> None:
         self.frames.phase = phase
@@ -193,12 +195,18 @@ class DeviceEngine(Engine):
         free_bytes = ledger.room_bytes
         held = ledger.budget_bytes - free_bytes - ledger.fixed_bytes - ledger.other_bytes
         least = ledger.budget_bytes - free_bytes + size_bytes
+        stuck_bytes, stuck = self.stuck_bytes(), ""
+        if stuck_bytes:
+            stuck = (
+                f"weights that live there {format_size(stuck_bytes)} (this pass uses them: they "
+                "go home before the next one), "
+            )
         raise BudgetError(
             f"device tier: {what} needs {format_size(size_bytes)} more, but of the budget of "
             f"{format_size(ledger.budget_bytes)} weights in use take {format_size(held)}, "
-            f"activations {format_size(ledger.other_bytes)}, buffers "
-            f"{format_size(ledger.fixed_bytes)}; this step needs device_memory of at least "
-            f"{format_size(least)}: give that, or {self.outlook.remedy}",
+            f"{stuck}activations {format_size(ledger.other_bytes)}, buffers "
+            f"{format_size(ledger.fixed_bytes - stuck_bytes)}; this step needs device_memory of at "
+            f"least {format_size(least)}: give that, or {self.outlook.remedy}",
             tier="device",
             needed_bytes=least,
             given_bytes=ledger.budget_bytes,
@@ -227,17 +235,25 @@ class Device:
     residents: Residents | None = None  # weights that live on the device
     bus: Bus | None = None  # to memory of the device's own
     aside_bytes: int = 0  # of the budget, for what the account does not know
+    extent: int = 0  # of the largest input so far of a pass with gradients
+    saved_bytes: int = 0  # of activations after such a pass, at most
 
-    def lives_here(self, tensor: Tensor) -> bool:
-        """Whether a saved tensor is a weight that lives on the device."""
-        return self.residents is not None and self.residents.holds(tensor)
+    def save_here(self, tensor: Tensor) -> Saved | None:
+        """What autograd holds in place of a weight that lives on the device; None: it is none."""
+        if self.residents is None or not self.residents.holds(tensor):
+            return None
+        return self.residents.save(tensor)
 
-    def settle_residents(self, host: Steps) -> None:
-        """A pass begins. Between steps, weights come for which the last step left room."""
+    def settle_residents(self, host: Steps, extent: int = 0) -> None:
+        """A pass begins. Between steps, weights come for which the last step left room.
+
+        ``extent``: of its input; 0: the pass is without gradients.
+        """
         residents = self.residents
         if residents is None:
             return
         residents.begin_pass()
+        self._make_way(residents, extent)
         if host.current is None:
             trace = self.steps.tracks[residents.kind].trace
             if trace is not None and not residents.chunks:
@@ -246,6 +262,23 @@ class Device:
             if residents.take_moved():
                 for steps, kind in product((host, self.steps), Kind):
                     steps.forget(kind)
+
+    def _make_way(self, residents: Residents, extent: int) -> None:
+        """Send home, while no graph holds it, what a larger input than ever will need the room of:
+        what is not weights is taken to grow with it. And what an earlier pass had to leave here.
+        """
+        before, self.extent = self.extent, max(self.extent, extent)
+        other_bytes = 0
+        if 0 < before < extent:
+            seen_bytes = self.saved_bytes + self.engine.passing_bytes
+            other_bytes = seen_bytes * extent // before
+        while residents.owes or (other_bytes and not residents.leave_room(other_bytes)):
+            if not self.engine.give_up():
+                return
+
+    def leave_forward(self) -> None:
+        """A pass with gradients has saved what it saves."""
+        self.saved_bytes = max(self.saved_bytes, self.engine.ledger.other_bytes)
 
     def may_update_at_once(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer may step by itself: all it trains, and its temporaries, fit here.
@@ -268,11 +301,15 @@ class Device:
     def end_pass(self) -> None:
         """User code runs from here."""
         self.engine.frames.scrutiny.watching = False
+        if self.residents is not None:
+            self.residents.end_pass()
         if not self.trust_versions:
             self.engine.retire()
 
     def end_step(self) -> None:
         """The update begins: every copy is about to be outdated."""
+        if self.residents is not None:
+            self.residents.end_step()
         self.engine.retire()
         self.steps.end()
         self._set_aside_excess()
@@ -299,9 +336,15 @@ class Device:
                 tape.copied("d2h", start_s, size_bytes, end_s)
 
     def await_sent(self, tape: Tape | None) -> None:
-        """A pass ends: no gradient is on its way any more."""
+        """A backward pass ends: no gradient is on its way any more. Raises what a copy raised."""
         if self.outgoing is not None:
             self.outgoing.wait_all()
+        self.settle_sent(tape)
+
+    def abandon_sent(self, tape: Tape | None) -> None:
+        """Outside of backward passes: what is on its way is of one that was cut short."""
+        if self.outgoing is not None:
+            self.outgoing.abandon_all()
         self.settle_sent(tape)
 
     def tier_stats(self) -> dict[str, int]:
@@ -335,7 +378,7 @@ class Device:
 
     def close(self) -> None:
         """Free the frames and stop the lanes."""
-        self.await_sent(None)
+        self.abandon_sent(None)
         if self.outgoing is not None:
             self.outgoing.lane.close()
         self.engine.retire()

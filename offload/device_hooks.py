@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from offload.activations import KEEP_ALL, Means, Planned
 from offload.bind import Binding, Home
 from offload.callers import caller_of_hooks, refuse_transforms
-from offload.calls import call_of
+from offload.calls import call_of, entries
 from offload.device import frame_dtype
 from offload.device_engine import Device
 from offload.engine import Engine
@@ -59,6 +60,7 @@ class DeviceHooks:
             (c.size_bytes for c in level.frames.chunks), default=0
         )
         self._undo = ExitStack()
+        self._model = model
         self._attach(model)
 
     def remove(self) -> None:
@@ -84,10 +86,8 @@ class DeviceHooks:
         undo.callback(self._units.close)
         undo.callback(move_buffers, model, torch.device("cpu"))
         move_buffers(model, self._device.place)
-        handles = [
-            model.register_forward_pre_hook(Hook(self._enter_root), prepend=True, with_kwargs=True),
-            model.register_forward_hook(Hook(self._leave_root), always_call=True),
-        ]
+        parts = {"": model} | entries(model)
+        handles = [h for name, part in parts.items() for h in self._entry(name, part)]
         for home in self._binding.homes.values():
             if home.family.trained:
                 before, after = self._gradient(home)
@@ -100,25 +100,54 @@ class DeviceHooks:
 
     # -- forward ----------------------------------------------------------------------------
 
-    def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _entry(self, name: str, part: nn.Module) -> list[RemovableHandle]:
+        """Hooks on the model, and on a part that is called by itself: an encoder, by ``generate``.
+
+        What is called within a pass belongs to that.
+        """
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return self._enter(name, module, args, kwargs) if self._begins(module) else None
+
+        def leave(module: nn.Module, args: object, output: object) -> None:
+            if module is self._model or self._pass.entry is module:
+                self._leave()
+
+        return [
+            part.register_forward_pre_hook(Hook(enter), prepend=True, with_kwargs=True),
+            part.register_forward_hook(Hook(leave), always_call=True),
+        ]
+
+    def _begins(self, module: nn.Module) -> bool:
+        """Whether a call of this module is a pass of its own."""
+        if module is self._model or torch.compiler.is_compiling():  # that is refused
+            return True
+        return not (self._pass.reruns() or backward_runs() or self._pass.running())
+
+    def _enter(self, part: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if compiled(module):
             raise OffloadError(COMPILED)
         refuse_transforms()
         if self._device.place.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise OffloadError(CAPTURED)
+        if self._pass.backward and not backward_runs():
+            await_autograd(self._device.place)  # not under the lock: it may want that
         with self._lock:
             self._device.engine.frames.pool.memory.follow()
             self._pass.leave()  # an interrupt may have skipped the last leave
             self._end_pass()
+            self._pass.entry = module
             self._grads.nothing_in_flight()
             check_parameters(module, self._binding)
-            self._host.moves.trust.hooks = has_user_hooks(module)
+            self._host.moves.trust.hooks = has_user_hooks(self._model)
             self._device.engine.frames.scrutiny.careful = self._host.moves.trust.hooks
             kind = Kind.TRAIN if torch.is_grad_enabled() else Kind.INFER
-            call = call_of("", args, kwargs)
+            call = call_of(part, args, kwargs)
             if kind is Kind.TRAIN and self._levels[0].current is None:
                 self._units.decide(self._levels)
-            self._device.settle_residents(self._levels[0])
+            # What a part is given says nothing of what the model will be given.
+            extent = call.extent if kind is Kind.TRAIN and not part else 0
+            self._device.settle_residents(self._levels[0], extent)
             modes = [steps.begin(kind, call) for steps in self._levels]
             if kind is Kind.TRAIN:
                 self._units.begin_pass(call.extent)
@@ -135,7 +164,7 @@ class DeviceHooks:
         self._pass.frame = caller_of_hooks()
         return self._moved(args, kwargs)
 
-    def _leave_root(self, module: nn.Module, args: object, output: object) -> None:
+    def _leave(self) -> None:
         with self._lock:
             self._pass.leave()
             self._end_pass()
@@ -146,6 +175,7 @@ class DeviceHooks:
                     steps.end()
             else:
                 self._units.planned.end_pass()
+                self._device.leave_forward()
                 self._host.leave_forward()
 
     def _moved(self, args: Any, kwargs: Any) -> Any:
@@ -198,18 +228,32 @@ class DeviceHooks:
         if param.requires_grad and torch.is_grad_enabled():
             alive = self._reads.note(param, again=recomputes)
             return Use.apply(param, view, self._gradient_out, alive)  # type: ignore[no-any-return]
-        # Where nothing is recorded, too, matmul chooses its kernel by whether this is required.
-        return view.requires_grad_(param.requires_grad)
+        return self._unrecorded(view, param)
 
     def _read_resident(self, param: nn.Parameter) -> Tensor:
         """Of a weight that lives on the device: itself, or converted to what is computed in."""
-        assert self._device.residents is not None
-        view = self._device.residents.value(param)
-        if view is None or not (self._pass.running() or self._pass.reruns() or backward_runs()):
+        residents = self._device.residents
+        assert residents is not None
+        recorded = param.requires_grad and torch.is_grad_enabled()
+        with self._locked():
+            residents.read(param, recorded=recorded)
+        if not (self._pass.running() or self._pass.reruns() or backward_runs()):
             return param
-        if param.requires_grad and torch.is_grad_enabled():
+        view = residents.value(param)
+        if recorded and view is None:
+            return param
+        if recorded:
             return Use.apply(param, view, deliver_here, None)  # type: ignore[no-any-return]
-        return view.detach().requires_grad_(param.requires_grad)
+        # Not noted as in use: an operation that runs while it goes home has what it began with.
+        return self._unrecorded((param if view is None else view).detach(), param)
+
+    def _unrecorded(self, view: Tensor, param: nn.Parameter) -> Tensor:
+        """What is read where nothing is recorded: matmul chooses its kernel by whether gradients
+        are required. Autocast keeps what it made of such a leaf until its context ends, and in
+        there nothing else asks.
+        """
+        kept = torch.is_autocast_enabled(self._device.place.type)
+        return view.requires_grad_(param.requires_grad and not kept)
 
     # -- backward ---------------------------------------------------------------------------
 
@@ -282,15 +326,24 @@ class DeviceHooks:
 
     def _end_pass(self) -> None:
         """User code runs from here: no copy of a weight is kept."""
-        self._pass.frame, self._pass.backward = None, False
+        self._pass.frame = self._pass.entry = None
+        self._pass.backward = False
         self._units.planned.poll()
-        self._device.await_sent(self._host.tape)
+        self._device.abandon_sent(self._host.tape)
         self._device.end_pass()
 
 
 def deliver_here(param: nn.Parameter, grad: Tensor) -> Tensor:
-    """A gradient of a weight that lives where it is made."""
-    return deliver(grad, param)
+    """A gradient of a weight that lived where it is made when it was read."""
+    return grad.to(param.dtype)
+
+
+def await_autograd(place: torch.device) -> None:
+    """A backward pass was cut short: its thread for the device may be amid a node. Behind that, on
+    the same thread, comes a pass of ours.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        torch.zeros((), device=place, requires_grad=True).clone().backward()
 
 
 COMPILED = (

@@ -26,6 +26,7 @@ class FramedPass:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.frame: FrameType | None = None  # of the model's call, while it is on the stack
+        self.entry: nn.Module | None = None  # that was called
         self.backward = False
         self.contexts: list[Any] = []
         self.before: Before | None = None

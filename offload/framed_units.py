@@ -43,7 +43,7 @@ class FramedUnits:
         engine = device.engine
         activations = Activations(self._take, engine.given_back.append)
         self._saved = SavedInFrames(
-            engine.frames, self._fetch, activations, here.running, device.lives_here
+            engine.frames, self._fetch, activations, here.running, device.save_here
         )
         site = Site(
             activations, self._saved, device.place, self._again, has_user_hooks,

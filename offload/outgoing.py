@@ -10,6 +10,7 @@ gradients are taken.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter, deque
@@ -140,6 +141,12 @@ class Outgoing:
         """Wait for all of them, even if nobody asks for them any more."""
         for param in list(self._sent):
             self._wait(param, holds_up=True)
+
+    def abandon_all(self) -> None:
+        """Wait until none is on its way. Nobody wants them, nor what their copies raised."""
+        for param in list(self._sent):
+            with contextlib.suppress(Exception):
+                self._wait(param, holds_up=True)
 
     def over(self) -> list[tuple[float, float, int]]:
         """Copies that have been awaited since the last call: start, end, bytes on the device."""

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from offload.bind import Binding, tensor_at
 from offload.device import DeviceSpace
 from offload.engine import Engine
+from offload.graphs import Graphs
 from offload.homing import copy_into, copy_out
 from offload.internals import storage_lives
 from offload.ledger import Ledger
@@ -36,6 +37,7 @@ from offload.prefetch.resident import (
     update_s,
 )
 from offload.prefetch.trace import Trace
+from offload.saved import Saved
 from offload.steps import Kind
 
 
@@ -101,6 +103,16 @@ class Converted:
             self.storages.add(made.untyped_storage().data_ptr())
         return self._made[param]
 
+    def storages_of(self, param: nn.Parameter) -> tuple[int, ...]:
+        """Addresses of a weight and of its copy, where there is one."""
+        tensors = (param, self._made.get(param))
+        return tuple(t.untyped_storage().data_ptr() for t in tensors if t is not None)
+
+    def drop(self, param: nn.Parameter) -> None:
+        """It lives here no more."""
+        self.storages.difference_update(self.storages_of(param))
+        self._made.pop(param, None)
+
     def clear(self) -> None:
         """Another pass begins. What autograd saved of this one stays as long as it needs it."""
         for tensor in self._made.values():
@@ -125,6 +137,9 @@ class Residents:
         self._trained = trained
         self._changed = changed
         self._crowded_out = False  # a step needed the room of all: they would only come and go
+        self._graphs = Graphs()
+        self._last: nn.Parameter | None = None  # that was read: an operation may be at it
+        self.owes = False  # room was wanted that graphs held
         self._computed = Converted(dtype)
         self._seen: Trace | None = None  # that the last decision was made from
         self._moved = False
@@ -150,6 +165,25 @@ class Residents:
     def begin_pass(self) -> None:
         """Weights may have been written to: they are converted anew."""
         self._computed.clear()
+
+    def read(self, param: nn.Parameter, *, recorded: bool) -> None:
+        """One of them is about to be used; ``recorded``: autograd wants its gradient."""
+        self._last = param
+        if recorded:
+            self._graphs.read(param)
+
+    def save(self, tensor: Tensor) -> Saved:
+        """Autograd saves a tensor that `holds` is true of."""
+        return self._graphs.save(tensor)
+
+    def end_pass(self) -> None:
+        """No operation of a pass is under way; graphs may be."""
+        self._last = None
+        self._graphs.rest()
+
+    def end_step(self) -> None:
+        """The update begins."""
+        self._graphs.forget()
 
     def value(self, param: nn.Parameter) -> Tensor | None:
         """What to compute with, where that is not the parameter itself."""
@@ -261,15 +295,25 @@ class Residents:
         return True
 
     def give_up_one(self) -> bool:
-        """Room is wanted: send one chunk home. False: none is left.
+        """Room is wanted: send one chunk home. False: none is left that may go.
 
-        What autograd still holds of it is freed when that lets go.
+        What graphs hold would give no room, and its gradient is to come here.
         """
-        if not self.chunks:
-            return False
-        self._send_home([next(reversed(self.chunks))])
-        self._crowded_out = not self.chunks
-        return True
+        free = [c for c in self.chunks if not any(map(self._is_used, self._params(c)))]
+        if free:
+            self._send_home(free[-1:])
+            self._crowded_out = not self.chunks
+        self.owes = bool(self.chunks) and (self.owes or not free)
+        return bool(free)
+
+    def _is_used(self, param: nn.Parameter) -> bool:
+        return param is self._last or self._graphs.hold(param, *self._computed.storages_of(param))
+
+    def leave_room(self, other_bytes: int) -> bool:
+        """Whether so much fits beside them, and two of the largest frames of what is not here."""
+        chunks = (c for c in self._levels.space.chunks if c.id not in self.chunks)
+        frames = sorted((c.size_bytes for c in chunks), reverse=True)[:2]
+        return other_bytes + sum(frames) <= self._levels.ledger.capacity_bytes
 
     def give_up_all(self) -> None:
         """Everything goes home. After a recorded step it may come again."""
@@ -289,7 +333,7 @@ class Residents:
         binding.note_residents()  # before anything is put into homes that nobody needed
         for param in params:
             home, here = binding.homes[param], param.detach()
-            self._computed.storages.discard(here.untyped_storage().data_ptr())
+            self._computed.drop(param)
             target = tensor_at(home.family.weights, home.index, here.to("meta"))
             copy_into(host, home.family.weights, home.index, target, here)
             grad, param.grad = param.grad, None

@@ -123,11 +123,11 @@ class SavedInFrames:
         fetch: Callable[[nn.Parameter], None],
         activations: Activations,
         running: Callable[[], bool],
-        lives_here: Callable[[Tensor], bool] = lambda _: False,
+        save_here: Callable[[Tensor], Saved | None] = lambda _: None,
     ) -> None:
         self.visit: Visitor | None = None  # of the unit whose forward runs
         self._running = running
-        self._lives_here = lives_here
+        self._save_here = save_here
         self._space = space
         self._fetch = fetch
         self._activations = activations
@@ -150,8 +150,9 @@ class SavedInFrames:
 
     def weight(self, tensor: Tensor) -> SavedWeight | Saved | None:
         """What is held in place of a weight, in a frame or living here; None where it is none."""
-        if self._lives_here(tensor):
-            return Saved(tensor, (), None)
+        here = self._save_here(tensor)
+        if here is not None:
+            return here
         chunk = self._space.pool.owner_of(tensor) if tensor.numel() else None
         if chunk is None or tensor.is_conj() or tensor.is_neg():
             return None  # a lazily conjugated view keeps its frame instead
