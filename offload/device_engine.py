@@ -19,6 +19,7 @@ from offload.errors import BudgetError
 from offload.ledger import Ledger, Other
 from offload.outgoing import Outgoing
 from offload.prefetch.plan import Ops
+from offload.prefetch.planner import smallest_bytes
 from offload.prefetch.trace import Access, Need, Phase
 from offload.residents import Residents
 from offload.steps import Kind, Steps
@@ -26,6 +27,7 @@ from offload.tape import Tape
 from offload.tiers.bus import Bus
 from offload.tiers.home import Chunk, HomeSpace
 from offload.tiers.spec import GIB, format_size
+from offload.watch import AllocatorWatch
 
 
 class DeviceEngine(Engine):
@@ -226,7 +228,7 @@ class Device:
     outgoing: Outgoing | None = None  # gradients leave beside the backward pass
     residents: Residents | None = None  # weights that live on the device
     bus: Bus | None = None  # to memory of the device's own
-    aside_bytes: int = 0  # of the budget, for what the account does not know
+    aside_bytes: int = 0  # beyond the budget, what watched steps were seen and said to take
 
     def lives_here(self, tensor: Tensor) -> bool:
         """Whether a saved tensor is a weight that lives on the device."""
@@ -277,19 +279,40 @@ class Device:
         self.steps.end()
         self._set_aside_excess()
 
+    def present_bytes(self) -> int:
+        """What the ledger knows of, without what it has debited for the next step to make."""
+        self.engine.collect()
+        coming_bytes = self.residents.coming_bytes if self.residents is not None else 0
+        return self.engine.ledger.used_bytes - coming_bytes
+
     def _set_aside_excess(self) -> None:
-        """What a watched step took beyond the budget is kept free from now on, and that is said."""
+        """What a watched step took beyond the budget is kept free from now on, and that is said.
+
+        What the step itself cannot do without is not: it would never run again.
+        """
         ledger, watch = self.engine.ledger, self.steps.watch
-        over = watch.excess_bytes - self.aside_bytes - (ledger.budget_bytes - ledger.peak_bytes)
-        if self.place.type != "cuda" or over <= 0:
+        if not isinstance(watch, AllocatorWatch):
             return
-        self.aside_bytes += over
-        ledger.fixed_bytes += over
+        over_bytes = watch.held_bytes - ledger.budget_bytes - self.aside_bytes
+        if over_bytes <= 0:
+            return
+        free_bytes = min(over_bytes, self._spare_bytes())
+        self.aside_bytes += over_bytes
+        ledger.fixed_bytes += free_bytes
         print(
-            f"offload: a watched step took {format_size(over)} more of {self.place} than "
-            "device_memory, in operations that nobody can look into; so much is kept free from now",
+            f"offload: a watched step took {format_size(over_bytes)} more of {self.place} than "
+            "device_memory, in operations that nobody can look into; "
+            f"{format_size(free_bytes)} is kept free for them from now on",
             file=sys.stderr,
         )
+
+    def _spare_bytes(self) -> int:
+        """Room that training steps, as recorded, do not need, were all weights to go home."""
+        residents = self.residents
+        traces = (self.steps.tracks[Kind.TRAIN].trace, residents.seen if residents else None)
+        least_bytes = max((smallest_bytes(t) for t in traces if t and t.moments), default=0)
+        resident_bytes = residents.bytes if residents else 0
+        return max(self.engine.ledger.capacity_bytes + resident_bytes - least_bytes, 0)
 
     def settle_sent(self, tape: Tape | None) -> None:
         """Gradients that have been awaited take no device memory any more."""

@@ -148,9 +148,6 @@ def build_device(
     steps = Steps(engine, planner, may_fit=False, tapes=tuning.tapes)
     if place.device.type == "cuda":
         ledger.heap = Heap(lambda: 0, kept_bytes=1 << 62)  # malloc has no part in this memory
-        steps.watch = AllocatorWatch(
-            lambda: ledger.used_bytes, lambda: ledger.peak_bytes, place.device
-        )
     # Where the device's memory is the host's, a cast on the spot is as good as a copy.
     bus = outgoing = None
     if place.own_memory:
@@ -158,9 +155,12 @@ def build_device(
         home_of = binding.homes.get if pinned else lambda _: None
         outgoing = Outgoing(copier, bus.down, engine.counters.waited, home_of)
     settles = place.own_memory and tuning.residents
-    return Device(
+    device = Device(
         place.device, place.dtype, engine, steps, tuning.trust_versions, settles, outgoing, bus=bus
     )
+    if place.device.type == "cuda":
+        steps.watch = AllocatorWatch(device.present_bytes, place.device)
+    return device
 
 
 def _free_bytes(device: torch.device) -> int:

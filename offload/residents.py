@@ -101,6 +101,10 @@ class Converted:
             self.storages.add(made.untyped_storage().data_ptr())
         return self._made[param]
 
+    def is_made(self, param: nn.Parameter) -> bool:
+        """Whether the pass under way has made its copy."""
+        return param in self._made
+
     def clear(self) -> None:
         """Another pass begins. What autograd saved of this one stays as long as it needs it."""
         for tensor in self._made.values():
@@ -126,13 +130,24 @@ class Residents:
         self._changed = changed
         self._crowded_out = False  # a step needed the room of all: they would only come and go
         self._computed = Converted(dtype)
-        self._seen: Trace | None = None  # that the last decision was made from
+        self.seen: Trace | None = None  # that the last decision was made from
         self._moved = False
 
     @property
     def bytes(self) -> int:
         """What they take of the device."""
         return sum(self.chunks.values())
+
+    @property
+    def coming_bytes(self) -> int:
+        """Of these, what is not there yet: a step makes gradients and converted copies itself."""
+        held_bytes, binding = self._levels.space.pool.memory.held_bytes, self._levels.binding
+        made = self._computed
+        return sum(
+            held_bytes(p.nbytes) * (binding.homes[p].family.trained and p.grad is None)
+            + held_bytes(made.size_bytes(p)) * (not made.is_made(p))
+            for p in binding.residents
+        )
 
     @property
     def complete(self) -> bool:
@@ -167,9 +182,9 @@ class Residents:
 
         ``host``: the same step as the host saw it, whose update tells what updating there costs.
         """
-        if self._seen is trace or self.chunks or self._crowded_out:
+        if self.seen is trace or self.chunks or self._crowded_out:
             return
-        self._seen = trace
+        self.seen = trace
         homes = self._levels.binding.homes.values()
         elements = sum(h.param.numel() for h in homes if h.family.trained)
         rates = Rates(up_bytes_per_s, update_s(host, elements))
