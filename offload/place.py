@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,7 +78,26 @@ def choose(
         return None
     if hasattr(model, "_orig_mod") or compiled(model):
         raise OffloadError(COMPILED)
+    warm_up(place)
     return place
+
+
+def warm_up(place: Place) -> None:
+    """Have a GPU's libraries take what they keep, before anybody measures what we take.
+
+    Of the host that is hundreds of MB for the context; of the device cuBLAS' workspaces, from
+    torch's allocator: one for each thread that multiplies, and autograd's is another than ours.
+    """
+    if place.device.type == "cuda":
+        with suppress(RuntimeError):  # if it must fail, then in the user's own step
+            _multiply(place.device, place.dtype)
+
+
+def _multiply(device: torch.device, dtype: torch.dtype | None) -> None:
+    """One product with a bias and one without, on this thread and in a backward pass."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones(64, 64, device=device, dtype=dtype or torch.float32, requires_grad=True)
+        torch.addmm(x[0], x, x @ x).sum().backward()
 
 
 def with_place(given: Given, place: Place | None) -> Given:

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import offload
-from offload.config import Tuning
+from offload.config import Tuning, understand
+from offload.internals import backward_runs
+from offload.place import Place, _multiply, choose, warm_up, with_place
 from offload.prefetch.planner import smallest_bytes
 from offload.steps import Kind
 from offload.tiers.spec import KIB, MIB
@@ -184,6 +187,70 @@ def test_what_a_step_cannot_do_without_is_not_kept_free(
     train(model, optimizer, range(1, 5))
     assert capsys.readouterr().err.count("kept free") == 1
     run.runtime.close()
+
+
+def test_libraries_take_theirs_before_anybody_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    def note(what: str, result: Any = None) -> Callable[..., Any]:
+        def look(*_: object) -> Any:
+            happened.append(what)
+            return result
+
+        return look
+
+    monkeypatch.setattr("offload.place._accelerator", lambda _: torch.device("cpu"))
+    monkeypatch.setattr("offload.place.warm_up", note("warm"))
+    monkeypatch.setattr("offload.watch.anonymous_bytes", note("host", MIB))
+    monkeypatch.setattr("offload.place._free_bytes", note("device", MIB))
+    model = mlp()
+    offload.wrap(model, device="cuda", device_memory="1MiB", host_memory="64MiB")
+    assert happened[:2] == ["warm", "host"]
+    offload.runtime(model).close()
+    happened.clear()
+    place = Place(torch.device("cuda"), None, own_memory=True)
+    monkeypatch.setattr("offload.place._accelerator", lambda _: place.device)
+    given = understand("64MiB", None, None, None)
+    with_place(given, choose(model, "cuda", None, Tuning()))
+    assert happened == ["warm", "device"]
+
+
+def test_products_are_made_whatever_mode_the_caller_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                made.append("backward" if backward_runs() else "forward")
+            return func(*args, **(kwargs or {}))
+
+    state = torch.get_rng_state()
+    with Products(), torch.inference_mode():
+        _multiply(torch.device("cpu"), torch.bfloat16)
+    assert made.count("forward") == 2
+    assert made.count("backward") >= 2
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("none is left")
+
+    monkeypatch.setattr("offload.place._multiply", fail)
+    warm_up(Place(torch.device("cuda"), None, own_memory=True))
+
+
+@pytest.mark.gpu
+def test_workspaces_are_there_before_the_first_step() -> None:
+    model = mlp()
+    x = torch.ones(8, 128)
+    offload.wrap(model, device="cuda", device_memory="4MiB", host_memory="80MiB")
+    place = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.reset_peak_memory_stats(place)
+    before_bytes = torch.cuda.memory_allocated(place)
+    model(x).sum().backward()
+    assert torch.cuda.max_memory_allocated(place) - before_bytes <= 4 * MIB
+    offload.runtime(model).close()
 
 
 @pytest.mark.gpu
