@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import offload
 from offload.config import Tuning, understand
-from offload.internals import backward_runs
+from offload.internals import TorchDispatchMode, backward_runs
 from offload.place import Place, _multiply, choose, warm_up, with_place
 from offload.prefetch.planner import smallest_bytes
 from offload.steps import Kind
