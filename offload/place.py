@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -157,7 +157,8 @@ def build_device(
             "staging for copies", host.ledger.fixed_bytes, host.ledger.budget_bytes,
             "host", "host_memory",
         )  # fmt: skip
-    pinned = host.space.disk is None and copier.pin(_travelled(binding))
+    straight = [] if host.space.disk is not None else _straight(binding, place.dtype)
+    pinned = bool(straight) and copier.pin(straight)
     arena = DeviceArena(memory, poison=tuning.poison)
     space = DeviceSpace(arena, _lane("h2d", tuning, 1 + pinned), copier, host)
     chunk_bytes = tuning.device_chunk_bytes or choose_frame_bytes(budget_bytes)
@@ -203,12 +204,14 @@ def _accelerator(device: torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _travelled(binding: Binding) -> Iterator[Region]:
-    """The homes that copies are made from, and to: optimizer state stays on the host."""
-    for family in binding.families:
-        yield family.weights
-        if family.grads is not None:
-            yield family.grads
+def _straight(binding: Binding, dtype: torch.dtype | None) -> list[Region]:
+    """The homes that copies are made from and to as they are: not what is converted on the way.
+
+    Optimizer state stays on the host.
+    """
+    own = {f: f.params[0].dtype for f in binding.families}
+    families = [f for f in binding.families if frame_dtype(own[f], dtype) is own[f]]
+    return [r for f in families for r in (f.weights, f.grads) if r is not None]
 
 
 def _lane(name: str, tuning: Tuning, workers: int = 1) -> Lane:
