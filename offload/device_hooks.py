@@ -17,7 +17,7 @@ from offload.bind import Binding, Home
 from offload.callers import caller_of_hooks, refuse_transforms
 from offload.calls import call_of, entries
 from offload.device import frame_dtype
-from offload.device_engine import Device
+from offload.device_side import Device
 from offload.engine import Engine
 from offload.errors import OffloadError
 from offload.framed_pass import DeviceBefore, FramedPass

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from offload.activations import Planned, Ways, find_units
-from offload.device_engine import Device
+from offload.device_side import Device
 from offload.framed_pass import FramedPass
 from offload.guard import AllocationGuard
 from offload.hook import Hook, has_user_hooks

@@ -89,7 +89,8 @@ class Ledger:
         """Debit (below 0: credit) what comes for good. There must be room."""
         self._trim(size_bytes)
         self.fixed_bytes += size_bytes
-        self.see()
+        if size_bytes > 0:
+            self.see()
 
     def give_other(self, size_bytes: int, kind: Other = Other.ACTIVATIONS) -> None:
         """Credit it back; the system gets it too before other memory is taken."""

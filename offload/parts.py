@@ -8,8 +8,8 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.activations import KEEP_ALL, Means
 from offload.bind import Binding
-from offload.device_engine import Device
 from offload.device_hooks import DeviceHooks
+from offload.device_side import Device
 from offload.early import EarlyUpdate
 from offload.engine import Engine
 from offload.hooks import Hooks

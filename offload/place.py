@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import nn
 from offload.bind import Binding
 from offload.config import Given, Tuning
 from offload.device import DeviceSpace, add_families, frame_dtype
-from offload.device_engine import UNMEASURED_BYTES_PER_S, Device, DeviceEngine
+from offload.device_engine import DeviceEngine
 from offload.device_hooks import COMPILED
+from offload.device_side import UNMEASURED_BYTES_PER_S, Device
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
 from offload.heap import Heap
@@ -77,7 +79,26 @@ def choose(
         return None
     if hasattr(model, "_orig_mod") or compiled(model):
         raise OffloadError(COMPILED)
+    warm_up(place)
     return place
+
+
+def warm_up(place: Place) -> None:
+    """Have a GPU's libraries take what they keep, before anybody measures what we take.
+
+    Of the host that is hundreds of MB for the context; of the device cuBLAS' workspaces, from
+    torch's allocator: one for each thread that multiplies, and autograd's is another than ours.
+    """
+    if place.device.type == "cuda":
+        with suppress(RuntimeError):  # if it must fail, then in the user's own step
+            _multiply(place.device, place.dtype)
+
+
+def _multiply(device: torch.device, dtype: torch.dtype | None) -> None:
+    """One product with a bias and one without, on this thread and in a backward pass."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones(64, 64, device=device, dtype=dtype or torch.float32, requires_grad=True)
+        torch.addmm(x[0], x, x @ x).sum().backward()
 
 
 def with_place(given: Given, place: Place | None) -> Given:
@@ -137,7 +158,8 @@ def build_device(
             "staging for copies", host.ledger.fixed_bytes, host.ledger.budget_bytes,
             "host", "host_memory",
         )  # fmt: skip
-    pinned = host.space.disk is None and copier.pin(_travelled(binding))
+    straight = [] if host.space.disk is not None else _straight(binding, place.dtype)
+    pinned = bool(straight) and copier.pin(straight)
     arena = DeviceArena(memory, poison=tuning.poison)
     space = DeviceSpace(arena, _lane("h2d", tuning, 1 + pinned), copier, host)
     chunk_bytes = tuning.device_chunk_bytes or choose_frame_bytes(budget_bytes)
@@ -148,9 +170,6 @@ def build_device(
     steps = Steps(engine, planner, may_fit=False, tapes=tuning.tapes)
     if place.device.type == "cuda":
         ledger.heap = Heap(lambda: 0, kept_bytes=1 << 62)  # malloc has no part in this memory
-        steps.watch = AllocatorWatch(
-            lambda: ledger.used_bytes, lambda: ledger.peak_bytes, place.device
-        )
     # Where the device's memory is the host's, a cast on the spot is as good as a copy.
     bus = outgoing = None
     if place.own_memory:
@@ -158,9 +177,12 @@ def build_device(
         home_of = binding.homes.get if pinned else lambda _: None
         outgoing = Outgoing(copier, bus.down, engine.counters.waited, home_of)
     settles = place.own_memory and tuning.residents
-    return Device(
+    device = Device(
         place.device, place.dtype, engine, steps, tuning.trust_versions, settles, outgoing, bus=bus
     )
+    if place.device.type == "cuda":
+        steps.watch = AllocatorWatch(device.present_bytes, place.device)
+    return device
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -183,12 +205,14 @@ def _accelerator(device: torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _travelled(binding: Binding) -> Iterator[Region]:
-    """The homes that copies are made from, and to: optimizer state stays on the host."""
-    for family in binding.families:
-        yield family.weights
-        if family.grads is not None:
-            yield family.grads
+def _straight(binding: Binding, dtype: torch.dtype | None) -> list[Region]:
+    """The homes that copies are made from and to as they are: not what is converted on the way.
+
+    Optimizer state stays on the host.
+    """
+    own = {f: f.params[0].dtype for f in binding.families}
+    families = [f for f in binding.families if frame_dtype(own[f], dtype) is own[f]]
+    return [r for f in families for r in (f.weights, f.grads) if r is not None]
 
 
 def _lane(name: str, tuning: Tuning, workers: int = 1) -> Lane:

@@ -11,8 +11,7 @@ there are no gradients, weights move (PatrickStar's warm-up, for placement on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offload.bind import Binding, tensor_at
+from offload.converted import Converted, ordinary_tensors
 from offload.device import DeviceSpace
 from offload.engine import Engine
 from offload.graphs import Graphs
@@ -74,52 +74,6 @@ class Trained:
         return any(g.get("fused") or g.get("capturable") for g in groups)
 
 
-class Converted:
-    """Weights that live on the device, in the type that is computed in, for the pass under way.
-
-    ``storages``: addresses of what is no activation, weights and converted ones.
-    """
-
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        self.storages: set[int] = set()
-        self._dtype = dtype
-        self._made: dict[nn.Parameter, Tensor] = {}
-
-    def needs(self, param: nn.Parameter) -> bool:
-        """Whether this weight is computed with in another type than its own."""
-        return self._dtype not in (None, param.dtype) and param.is_floating_point()
-
-    def size_bytes(self, param: nn.Parameter) -> int:
-        """Of a converted copy; 0 where none is needed."""
-        if self._dtype is None or not self.needs(param):
-            return 0
-        return param.numel() * self._dtype.itemsize
-
-    def of(self, param: nn.Parameter) -> Tensor:
-        """The copy, one for all uses in a pass."""
-        if param not in self._made:
-            with ordinary_tensors():
-                self._made[param] = made = param.detach().to(self._dtype)
-            self.storages.add(made.untyped_storage().data_ptr())
-        return self._made[param]
-
-    def storages_of(self, param: nn.Parameter) -> tuple[int, ...]:
-        """Addresses of a weight and of its copy, where there is one."""
-        tensors = (param, self._made.get(param))
-        return tuple(t.untyped_storage().data_ptr() for t in tensors if t is not None)
-
-    def drop(self, param: nn.Parameter) -> None:
-        """It lives here no more."""
-        self.storages.difference_update(self.storages_of(param))
-        self._made.pop(param, None)
-
-    def clear(self) -> None:
-        """Another pass begins. What autograd saved of this one stays as long as it needs it."""
-        for tensor in self._made.values():
-            self.storages.discard(tensor.untyped_storage().data_ptr())
-        self._made.clear()
-
-
 class Residents:
     """Decides which chunks of the device level live there, and moves them.
 
@@ -141,13 +95,24 @@ class Residents:
         self._last: nn.Parameter | None = None  # that was read: an operation may be at it
         self.owes = False  # room was wanted that graphs held
         self._computed = Converted(dtype)
-        self._seen: Trace | None = None  # that the last decision was made from
+        self.seen: Trace | None = None  # that the last decision was made from
         self._moved = False
 
     @property
     def bytes(self) -> int:
         """What they take of the device."""
         return sum(self.chunks.values())
+
+    @property
+    def coming_bytes(self) -> int:
+        """Of these, what is not there yet: a step makes gradients and converted copies itself."""
+        held_bytes, binding = self._levels.space.pool.memory.held_bytes, self._levels.binding
+        made = self._computed
+        return sum(
+            held_bytes(p.nbytes) * (binding.homes[p].family.trained and p.grad is None)
+            + held_bytes(made.size_bytes(p)) * (not made.is_made(p))
+            for p in binding.residents
+        )
 
     @property
     def complete(self) -> bool:
@@ -201,9 +166,9 @@ class Residents:
 
         ``host``: the same step as the host saw it, whose update tells what updating there costs.
         """
-        if self._seen is trace or self.chunks or self._crowded_out:
+        if self.seen is trace or self.chunks or self._crowded_out:
             return
-        self._seen = trace
+        self.seen = trace
         homes = self._levels.binding.homes.values()
         elements = sum(h.param.numel() for h in homes if h.family.trained)
         rates = Rates(up_bytes_per_s, update_s(host, elements))
@@ -389,10 +354,3 @@ class Residents:
             frames = (c.id for c in host.space.chunks if c.frame is not None)
             host.evict([c for c in frames if binding.is_dead(c)])
         self._changed()
-
-
-@contextmanager
-def ordinary_tensors() -> Iterator[None]:
-    """Whatever mode the caller is in: what is made here outlives it, and is trained later."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield

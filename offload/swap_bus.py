@@ -18,7 +18,7 @@ from torch import Tensor
 
 from offload.activations import Means, Ways
 from offload.below import DiskBelow
-from offload.device_engine import Device
+from offload.device_side import Device
 from offload.engine import Engine
 from offload.errors import BudgetError, OffloadError
 from offload.outlook import Outlook

@@ -53,27 +53,30 @@ class Watch:
 class AllocatorWatch(Watch):
     """The same for a CUDA device, from the peak that torch's allocator knows of.
 
-    The peak is the process's and is not reset, which would take it from the user: a step that stays
-    below an earlier peak is not seen, but then it is no worse than what has been seen.
+    ``accounted`` gives what the ledger knows of less what it has debited for the step to make.
+    ``held_bytes``: the most in a watched step that was not others' before it; to be compared with
+    the budget. The peak is the process's and is not reset, which would take it from the user: a
+    step that stays below an earlier peak is not seen, but then it is no worse than what has been.
     """
 
-    def __init__(self, accounted: Callable[[], int], peak: Callable[[], int],
-                 device: torch.device) -> None:  # fmt: skip
+    def __init__(self, accounted: Callable[[], int], device: torch.device) -> None:
         super().__init__(accounted)
-        self._peak = peak
+        self.held_bytes = 0
         self._device = device
-        self._before = self._foreign = 0
+        self._before: int | None = None  # the peak when a watched step began; None: none is watched
+        self._foreign = 0
 
     def start(self) -> None:
         self._before = torch.cuda.max_memory_allocated(self._device)
         self._foreign = torch.cuda.memory_allocated(self._device) - self._accounted()
 
     def stop(self) -> None:
+        before, self._before = self._before, None
+        if before is None:
+            return  # between watched steps the user, too, may make new peaks
         most = torch.cuda.max_memory_allocated(self._device)
-        if most > self._before:
-            excess = most - self._foreign - self._peak()
-            self.excess_bytes = max(self.excess_bytes, excess)
-            self._before = most
+        if most > before:
+            self.held_bytes = max(self.held_bytes, most - self._foreign)
 
 
 def _sample(watch: weakref.ref[Watch], stop: threading.Event) -> None:

@@ -70,6 +70,8 @@ class GradNorms:
             if len({(g.device, g.dtype) for g in grads}) > 1:
                 # torch sorts mixed gradients into an order of its own before it adds them up.
                 total = torch.nn.utils.get_total_norm(grads, _NORM_TYPE)
+                if len({g.device for g in grads}) > 1:
+                    total = total.cpu()  # from there one number multiplies tensors anywhere
             else:
                 norms = torch.stack([self._norm(p, g) for p, g in zip(having, grads, strict=True)])
                 total = torch.linalg.vector_norm(norms, _NORM_TYPE)

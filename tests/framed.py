@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import offload
 from offload.config import Tuning
-from offload.device_engine import Device
+from offload.device_side import Device
 from offload.tiers.frames import Frame
 from offload.tiers.spec import Machine
 

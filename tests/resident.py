@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import offload
-from offload.device_engine import Device
+from offload.device_side import Device
 from tests.framed import tuning
 
 

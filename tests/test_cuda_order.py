@@ -123,8 +123,28 @@ def test_narrower_frames_are_filled_through_staging(fake: fakecuda.Device) -> No
         model, None, optimizer=adamw(model), host="64MiB", how=tuning(None),
         compute_dtype=torch.bfloat16,
     )  # fmt: skip
+    assert len(fake.runtime.pinned) == 2 * STAGING_BUFFERS, "homes that are converted from"
     model(torch.ones(4, 64)).sum().backward()
     assert not fake.straight["up"] + fake.straight["down"]
+    watched.close()
+
+
+def test_only_homes_that_are_not_converted_are_pinned(fake: fakecuda.Device) -> None:
+    model = Keeper()
+    model.layers[:3].to(torch.bfloat16)
+    watched = Watched(
+        model, None, optimizer=adamw(model), host="64MiB", how=tuning(None),
+        compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    narrow, _ = watched.runtime.parts.binding.families
+    assert narrow.params[0].dtype == torch.bfloat16
+    homes = {r.address for r in (narrow.weights, narrow.grads) if r is not None}
+    assert homes < set(fake.runtime.pinned)
+    assert len(fake.runtime.pinned) == 2 * STAGING_BUFFERS + len(homes)
+    model(torch.ones(4, 64)).sum().backward()
+    assert fake.straight["up"]
+    assert fake.straight["down"]
+    assert fake.races == []
     watched.close()
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import offload
 from offload.config import Tuning
-from offload.device_engine import Device
+from offload.device_side import Device
 from offload.steps import Kind
 from offload.tiers.copy import STAGING_BUFFERS, STAGING_BYTES, CudaCopier
 from offload.tiers.spec import MIB, Machine

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
+from offload.internals import fake_mode
 from offload.optim.clip import GradNorms
 from offload.optim.mirror import profile
 from offload.optim.ram import RamStore
@@ -114,3 +115,21 @@ def test_mixed_dtypes_and_no_gradients() -> None:
     fill_grads(params, 0)
     total, _ = norms.coefficient(params, 1.0)
     assert torch.equal(total, clip_grad_norm_(params, 1.0))
+
+
+@pytest.mark.parametrize("first", ["cpu", "cuda"])
+def test_gradients_on_two_devices_are_multiplied_by_one_number(first: str) -> None:
+    """Fake tensors know of devices that are not there, and refuse what those would."""
+    with fake_mode():
+        places = [first, "cuda" if first == "cpu" else "cpu"]
+        params = [nn.Parameter(torch.ones(8, device=place)) for place in places]
+        params.append(nn.Parameter(torch.ones(8, device="cuda", dtype=torch.bfloat16)))
+        for p in params:
+            p.grad = torch.ones_like(p)
+        _, coefficient = GradNorms().coefficient(params, 0.1)
+        for p in params:
+            assert p.grad is not None
+            assert (p.grad * coefficient).device == p.device
+        cuda = [p for p in params if p.device.type == "cuda"]
+        _, coefficient = GradNorms().coefficient(cuda, 0.1)
+        assert coefficient.device.type == "cuda", "needless waiting"
