@@ -18,6 +18,7 @@ from offload.prefetch.planner import smallest_bytes
 from offload.steps import Kind
 from offload.tiers.spec import KIB, MIB
 from offload.watch import AllocatorWatch
+from offload.watch import Watch as NoWatch
 from tests.framed import MACHINE, adamw
 from tests.resident import Run, loss_of, mlp, train
 
@@ -200,7 +201,7 @@ def test_libraries_take_theirs_before_anybody_measures(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("offload.place._accelerator", lambda _: torch.device("cpu"))
     monkeypatch.setattr("offload.place.warm_up", note("warm"))
-    monkeypatch.setattr("offload.watch.anonymous_bytes", note("host", MIB))
+    monkeypatch.setattr("offload.steps.Watch", note("host", NoWatch(lambda: 0)))
     monkeypatch.setattr("offload.place._free_bytes", note("device", MIB))
     model = mlp()
     offload.wrap(model, device="cuda", device_memory="1MiB", host_memory="64MiB")
