@@ -260,12 +260,11 @@ def _build(
     chunk_bytes = tuning.chunk_bytes or chunk_bytes
     sizes = ((p.numel() * p.element_size(), n) for n, p in model.named_parameters())
     refuse_without_room(sizes, given, chunk_bytes, copies)
+    how = chunk_bytes, given.place.dtype if given.place is not None else None
     try:
         space = _space(given, tuning)
         families = [
-            build_family(
-                space, named, is_trained, mirrors_of(named, learnt, narrowing), chunk_bytes
-            )
+            build_family(space, named, is_trained, mirrors_of(named, learnt, narrowing), *how)
             for (_, is_trained, _), named in family_keys(model, trained, find_units(model)).items()
         ]
     except DiskFull as error:

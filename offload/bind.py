@@ -18,7 +18,13 @@ from offload.optim.mirror import OptimizerProfile
 from offload.optim.narrow import Narrowing
 from offload.tiers import vm
 from offload.tiers.home import HomeSpace, Region
-from offload.tiers.layout import Layout, choose_chunk_bytes, lay_out, page_elements
+from offload.tiers.layout import (
+    Layout,
+    align_elements,
+    choose_chunk_bytes,
+    lay_out,
+    page_elements,
+)
 
 
 def tensor_at(
@@ -265,12 +271,18 @@ def mirrors_of(
 
 
 def lay_out_family(
-    numels: Sequence[int], itemsize: int, state: Mapping[str, Part], chunk_bytes: int
-) -> tuple[Layout, dict[str, Layout]]:
-    """Where parameters of one dtype stand in their run, and what mirrors it, by name."""
+    numels: Sequence[int], dtype: torch.dtype, state: Mapping[str, Part], chunk_bytes: int,
+    computed: torch.dtype | None,
+) -> tuple[Layout, dict[str, Layout]]:  # fmt: skip
+    """Where parameters of one dtype stand in their run, and what mirrors it, by name.
+
+    ``computed``: in which type frames hold what is floating, None: as it is.
+    """
     block = max((part.elements for part in state.values()), default=1)
     page = page_elements(block)
-    layout = lay_out(numels, max(chunk_bytes // itemsize // page, 1) * page, block)
+    narrowest = min(dtype.itemsize, (computed or dtype).itemsize)
+    chunk_elements = max(chunk_bytes // dtype.itemsize // page, 1) * page
+    layout = lay_out(numels, chunk_elements, block, align_elements(narrowest))
     return layout, {
         name: layout if part.elements == 1 else layout.coarser(part.elements)
         for name, part in state.items()
@@ -283,13 +295,16 @@ def build_family(
     trained: bool,
     state: dict[str, Part],
     chunk_bytes: int,
+    computed: torch.dtype | None = None,
 ) -> Family:
     """Reserve homes for parameters of one dtype and for all that mirrors them.
 
-    ``state``: name and kind of each optimizer state tensor that does.
+    ``state``: name and kind of each optimizer state tensor that does. ``computed``: as in
+    `lay_out_family`.
     """
-    itemsize = named[0][1].dtype.itemsize
-    layout, mirrors = lay_out_family([p.numel() for _, p in named], itemsize, state, chunk_bytes)
+    dtype, numels = named[0][1].dtype, [p.numel() for _, p in named]
+    itemsize = dtype.itemsize
+    layout, mirrors = lay_out_family(numels, dtype, state, chunk_bytes, computed)
     family = Family(
         [n for n, _ in named], [p for _, p in named], trained, layout,
         space.add_region(f"weights ({named[0][0]}...)", layout, itemsize),

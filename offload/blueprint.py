@@ -132,4 +132,6 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 def outline_of(model: nn.Module, job: FineTune, host_bytes: int, chunk_bytes: int = 0) -> Outline:
     """Where everything of a job would stand; see `offload.outline.outline`."""
-    return outline(model, *learn(optimizer_of(model), job.state_dtype), host_bytes, chunk_bytes)
+    learnt, narrowing = learn(optimizer_of(model), job.state_dtype)
+    computed = getattr(torch, job.compute_dtype) if job.compute_dtype else None
+    return outline(model, learnt, narrowing, host_bytes, chunk_bytes, computed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from offload.activations import find_units
@@ -92,10 +93,11 @@ class Outline:
 
 def outline(
     model: nn.Module, learnt: OptimizerProfile | None, narrowing: Narrowing, host_bytes: int,
-    chunk_bytes: int = 0,
+    chunk_bytes: int = 0, computed: torch.dtype | None = None,
 ) -> Outline:  # fmt: skip
     """Where everything would stand under a budget; ``chunk_bytes`` 0: as chosen for it.
 
+    ``computed``: in which type, None: in that of the weights.
     The same families, layouts and chunk numbers that ``offload.wrap`` makes.
     """
     chosen, copies = choose_chunks(host_bytes, learnt, narrowing)
@@ -106,7 +108,7 @@ def outline(
     for (dtype, is_trained, _), named in family_keys(model, trained, find_units(model)).items():
         parts = mirrors_of(named, learnt, narrowing)
         numels = [p.numel() for _, p in named]
-        layout, mirrors = lay_out_family(numels, dtype.itemsize, parts, chunk_bytes or chosen)
+        layout, mirrors = lay_out_family(numels, dtype, parts, chunk_bytes or chosen, computed)
         kinds = [("weights", layout, dtype.itemsize)]
         if is_trained:
             kinds.append(("gradients", layout, dtype.itemsize))

@@ -138,3 +138,14 @@ def test_activations_that_do_not_fit_are_refused_with_the_budget_that_works(
     assert caught.value.smallest_bytes > caught.value.given_bytes == 200 * 1024
     assert torch.equal(torch.get_rng_state(), state)
     watched.close()
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_a_weight_is_aligned_alike_whatever_frame_it_is_in(own: torch.dtype) -> None:
+    """Kernels are chosen by an alignment of up to 256 bytes."""
+    model = nn.Sequential(*(nn.Linear(65, 65) for _ in range(6))).to(own)
+    watched = Watched(model, None, host="64MiB", how=tuning(None), compute_dtype=torch.bfloat16)
+    slots = watched.device.engine.frames.slots.values()
+    assert all(slot.offset * slot.dtype.itemsize % 256 == 0 for slot in slots)
+    assert any(slot.offset for slot in slots)
+    watched.close()

@@ -18,7 +18,7 @@ from offload.prefetch.planner import smallest_bytes
 from offload.steps import Kind
 from offload.tiers.spec import KIB, MIB
 from offload.watch import AllocatorWatch
-from offload.watch import Watch as NoWatch
+from offload.watch import Watch as HostWatch
 from tests.framed import MACHINE, adamw
 from tests.resident import Run, loss_of, mlp, train
 
@@ -201,7 +201,7 @@ def test_libraries_take_theirs_before_anybody_measures(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("offload.place._accelerator", lambda _: torch.device("cpu"))
     monkeypatch.setattr("offload.place.warm_up", note("warm"))
-    monkeypatch.setattr("offload.steps.Watch", note("host", NoWatch(lambda: 0)))
+    monkeypatch.setattr("offload.steps.Watch", note("host", HostWatch(lambda: 0)))
     monkeypatch.setattr("offload.place._free_bytes", note("device", MIB))
     model = mlp()
     offload.wrap(model, device="cuda", device_memory="1MiB", host_memory="64MiB")
@@ -255,8 +255,11 @@ def test_workspaces_are_there_before_the_first_step() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory", ["1200KiB", "64MiB"], ids=["some", "all"])
-def test_a_gpu_takes_little_more_than_its_budget(memory: str) -> None:
+def test_a_gpu_takes_little_more_than_its_budget(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first gradient of a resident, or a workspace of cuBLAS', would be more."""
+    monkeypatch.setattr("offload.residents.UPDATE_BYTES", 0)  # 192 MiB come first else
     model = mlp()
     optimizer = adamw(model)
     tuning = Tuning(device_chunk_bytes=80 * KIB, machine=MACHINE)

@@ -16,8 +16,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*determinis")
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def place(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Where weights are computed with."""
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where weights are computed with; no room for temporaries of large updates comes first."""
+    monkeypatch.setattr("offload.residents.UPDATE_BYTES", 0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield request.param
     torch.use_deterministic_algorithms(False)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from offload.tiers.layout import (
     PAGE_ELEMENTS,
+    align_elements,
     choose_chunk_bytes,
     lay_out,
 )
@@ -106,3 +107,13 @@ def test_chosen_chunk_leaves_room_for_six_sets(budget: int, copies: int) -> None
         assert 6 * copies * (2 * size) > half
     assert size != MIB or 3 * copies * 2 * MIB > half
     assert (size == 64 * MIB) == (6 * copies * 256 * MIB <= half)
+
+
+@pytest.mark.parametrize(("itemsize", "elements"), [(8, 64), (4, 64), (2, 128), (1, 256)])
+@given(numels=sizes)
+def test_narrow_elements_are_aligned_in_bytes(
+    itemsize: int, elements: int, numels: list[int]
+) -> None:
+    assert align_elements(itemsize) == elements
+    layout = lay_out(numels, PAGE_ELEMENTS, align=elements)
+    assert all(start * itemsize % 256 == 0 for start in layout.starts)

@@ -2,8 +2,11 @@
 
 [Note: one run, cut evenly]
 Tensors stand one after another, each start a multiple of 64 elements, hence 64-byte aligned for
-every dtype. The run is cut every ``chunk_elements``; a tensor may straddle a cut, which costs
-nothing since addresses are contiguous, and leaves no tail waste and only one frame size.
+every dtype. Where elements are held in fewer than four bytes it is 256 bytes (`align_elements`): a
+frame of the device begins at any tensor, as the budget has it, and none may be better or worse
+aligned for that, since cuBLASLt chooses an algorithm by it, and with that bits. The run is cut
+every ``chunk_elements``; a tensor may straddle a cut, which costs nothing since addresses are
+contiguous, and leaves no tail waste and only one frame size.
 Weights, gradients and same-shaped optimizer state use the same element offsets, so a chunk of
 one mirrors the chunks of the others: an elementwise update needs chunk i of each, and no more.
 """
@@ -20,6 +23,7 @@ from offload.tiers.spec import KIB, MIB, round_up
 
 LARGEST_FRAME_BYTES = 64 * MIB  # of neighbours that share a frame; one tensor may be larger
 ALIGN_ELEMENTS = 64
+ALIGN_BYTES = 256  # the most that a kernel is chosen by, and what a frame begins at
 PAGE_ELEMENTS = 4096  # any itemsize then gives whole 4 KiB pages
 _LAYER = re.compile(r"(?:.*?\.)?\d+\.")  # "model.layers.3." of "model.layers.3.mlp.up.weight"
 
@@ -84,16 +88,25 @@ class Layout:
         return found
 
 
-def lay_out(numels: Sequence[int], chunk_elements: int, block_elements: int = 1) -> Layout:
+def align_elements(itemsize: int) -> int:
+    """What starts are multiples of, where elements are held in so many bytes or more."""
+    return max(ALIGN_ELEMENTS, ALIGN_BYTES // itemsize)
+
+
+def lay_out(
+    numels: Sequence[int], chunk_elements: int, block_elements: int = 1,
+    align: int = ALIGN_ELEMENTS,
+) -> Layout:  # fmt: skip
     """Place tensors of these element counts in a run. ``chunk_elements``: multiple of 4096.
 
+    ``align``: starts are multiples of it.
     ``block_elements``: what mirrors the run has one value for each so many elements, so no such
     block may be cut by a start; chunks must be `page_elements` long, or a multiple.
     """
     page = page_elements(block_elements)
     if chunk_elements <= 0 or chunk_elements % page:
         raise ValueError(f"chunk_elements must be a multiple of {page}: {chunk_elements}")
-    align = max(ALIGN_ELEMENTS, block_elements)
+    align = max(align, block_elements)
     ends = list(accumulate((round_up(max(n, 1), align) for n in numels), initial=0))
     total = round_up(ends[-1], page)
     return Layout(tuple(ends[:-1]), tuple(numels), chunk_elements, total)
