@@ -151,8 +151,9 @@ class Boarding:
             trains = self._family(copies).trained
             if not trains or self.trained:
                 cost = sum(self._held((c,)).values())
-                numel = self._elements(copies) if trains else 0
-                yield offer_of(self.level.trace, c, cost, numel, rates)
+                numel = self._elements(copies)
+                yield offer_of(self.level.trace, c, cost, numel * copies.itemsize,
+                               numel if trains else 0, rates)  # fmt: skip
 
     def _held(self, chunks: tuple[int, ...]) -> dict[str, int]:
         """As `offload.residents` counts what weights take that live there, with what is theirs."""

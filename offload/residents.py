@@ -211,7 +211,9 @@ class Residents:
         if any(p.grad is not None for p in params) or not self._may_come(chunk):
             return None
         cost_bytes = sum(self._cost_bytes(p) for p in params)
-        return offer_of(trace, chunk, cost_bytes, sum(p.numel() for p in trains), rates)
+        copied_bytes = sum(self._computed.size_bytes(p) or p.nbytes for p in params)
+        trained = sum(p.numel() for p in trains)
+        return offer_of(trace, chunk, cost_bytes, copied_bytes, trained, rates)
 
     def _cost_bytes(self, param: nn.Parameter) -> int:
         held_bytes = self._levels.space.pool.memory.held_bytes

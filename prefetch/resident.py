@@ -42,14 +42,17 @@ class Offer:
 
 
 def offer_of(
-    trace: Trace, chunk: int, cost_bytes: int, trained_elements: int, rates: Rates
-) -> Offer:
+    trace: Trace, chunk: int, cost_bytes: int, copied_bytes: int, trained_elements: int,
+    rates: Rates,
+) -> Offer:  # fmt: skip
     """What a chunk would spare: a copy up for each pass that needs it and, where any of it is
     trained, its gradients' way down and its update on the host.
+
+    ``copied_bytes``: without padding, or chunks alike would be worth more or less by their rates.
     """
     passes = len({m.phase for m in trace.moments if any(n.chunk == chunk for n in m.needs)})
     copies = passes + (1 if trained_elements else 0)
-    spared_s = copies * trace.chunk_bytes[chunk] / rates.up_bytes_per_s
+    spared_s = copies * copied_bytes / rates.up_bytes_per_s
     return Offer(chunk, cost_bytes, spared_s + trained_elements * rates.update_s)
 
 
