@@ -60,7 +60,7 @@ from offload.tiers.spec import Machine, format_size
 
 vectormath.settle()  # at once: the user's own first steps are to have the same bits, too
 M = TypeVar("M", bound=nn.Module)
-DISK_WORKERS = 2  # per direction: one transfer saturates the disk, a second hides the hand-over
+DISK_WORKERS = 3  # per direction: a fast drive wants two, while one hands over and takes checksums
 
 
 def wrap(

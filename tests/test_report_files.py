@@ -104,7 +104,7 @@ def test_viewers_take_all_of_the_trace(data: dict[str, Any]) -> None:
 
 
 def test_transfers_that_overlap_stand_below_each_other(data: dict[str, Any]) -> None:
-    """A lane has two workers. Viewers would lose the end of the second transfer."""
+    """A lane has several workers. Viewers would lose the end of the second transfer."""
     spans: dict[str, list[Any]] = {
         "start_s": [0.0, 1.0, 2.0, 2.5], "end_s": [2.0, 3.0, 2.2, 4.0], "chunk": [0, 1, 2, 3],
         "module": [-1] * 4, "bytes": [1, 2, 3, 4],

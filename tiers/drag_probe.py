@@ -18,8 +18,8 @@ from offload.tiers.disk import SpillFile
 from offload.tiers.spec import MIB
 
 BLOCK_BYTES = 8 * MIB  # a chunk where nothing is trained
-WORKERS = 2  # as the engine's read lane has
-BUFFERS = 4  # of each worker: together more than a cache holds, as in tiers/probe.py
+WORKERS = 3  # as the engine's read lane has
+BUFFERS = 3  # of each worker: together more than a cache holds, as in tiers/probe.py
 FILE_BYTES = 256 * MIB
 ALONE_S, BESIDE_S, PAUSE_S = 0.35, 0.5, 0.05  # of each round
 

@@ -17,7 +17,7 @@ from offload.tiers.disk import SpillFile
 from offload.tiers.spec import GIB, MIB, Machine
 
 BLOCK_BYTES = 8 * MIB
-WORKERS = 2  # each direction, as the engine's lanes have
+WORKERS = 3  # each direction, as the engine's lanes have
 # Moved to and from more memory than a processor's cache holds, as chunks are: into 32 MiB a virtual
 # disk, whose host copies, read 1.2 times as fast as into 96 or 384 (docs/log.md).
 MEMORY_BYTES = 96 * MIB
