@@ -21,14 +21,15 @@ from pathlib import Path
 
 from record import append
 
-from offload.tiers.probe import BLOCK_BYTES, WORKERS, probe
+from offload.tiers.lane import DISK_WORKERS
+from offload.tiers.probe import BLOCK_BYTES, probe
 
 KEYS = ("read", "write", "mixed_read", "mixed_write")
 
 
 def ours(folder: Path, size_bytes: int) -> dict[str, float]:
     """One round of the probe, in bytes per second."""
-    machine = probe(folder, size_bytes, rounds=1, memory_bytes=2 * WORKERS * BLOCK_BYTES)
+    machine = probe(folder, size_bytes, rounds=1, memory_bytes=2 * DISK_WORKERS * BLOCK_BYTES)
     return {k: getattr(machine, f"{k}_bytes_per_s") for k in KEYS}
 
 
@@ -36,7 +37,7 @@ def fio_job(folder: Path, size_bytes: int, kinds: tuple[str, ...], huge: bool) -
     """One fio run with a job per kind, all at once; bytes per second of each."""
     command = [
         "fio", "--output-format=json", "--direct=1", f"--bs={BLOCK_BYTES}", "--ioengine=io_uring",
-        f"--iodepth={WORKERS}", f"--size={size_bytes // len(kinds)}", "--fallocate=none",
+        f"--iodepth={DISK_WORKERS}", f"--size={size_bytes // len(kinds)}", "--fallocate=none",
         "--overwrite=1", "--group_reporting=0",
     ]  # fmt: skip
     for i, kind in enumerate(kinds):
@@ -110,7 +111,7 @@ def report(rounds: list[dict[str, dict[str, float]]], disk: Path) -> None:
           + f"   both together {ratios['mixed_total']:.2f}")  # fmt: skip
     append(
         "io", disk, medians=medians, ratios=ratios, rounds=len(rounds), block_bytes=BLOCK_BYTES,
-        queue=WORKERS,
+        queue=DISK_WORKERS,
     )  # fmt: skip
 
 

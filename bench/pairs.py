@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from offload.api import DISK_WORKERS
 from offload.run import Runtime
 from offload.tiers import vm
 from offload.tiers.disk import SpillFile
+from offload.tiers.lane import DISK_WORKERS
 from offload.tiers.spec import MIB
 
 READ_S, FILE_BYTES = 0.6, 1024 * MIB

@@ -53,14 +53,13 @@ from offload.tiers.fake import AdversarialLane
 from offload.tiers.frames import FramePool
 from offload.tiers.gds import DiskIORefused, spill_file
 from offload.tiers.home import HomeSpace
-from offload.tiers.lane import Lane, ThreadLane
+from offload.tiers.lane import DISK_WORKERS, Lane, ThreadLane
 from offload.tiers.layout import choose_chunk_bytes
 from offload.tiers.probe import cached_probe
 from offload.tiers.spec import Machine, format_size
 
 vectormath.settle()  # at once: the user's own first steps are to have the same bits, too
 M = TypeVar("M", bound=nn.Module)
-DISK_WORKERS = 3  # per direction: a fast drive wants two, while one hands over and takes checksums
 
 
 def wrap(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from offload.device_hooks import await_autograd
 from offload.tiers.copy import PlainCopier
@@ -37,6 +38,15 @@ def send_and_fail(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
                 device.outgoing.lane.wait(sent.ticket)
 
 
+def two_steps(folder: Path) -> tuple[nn.Sequential, torch.optim.Optimizer, Watched]:
+    """A run behind its second step."""
+    model = mlp()
+    optimizer = adamw(model)
+    watched = Watched(model, folder, optimizer, host="1MiB")
+    train(model, optimizer, range(2))
+    return model, optimizer, watched
+
+
 def test_copies_that_failed_are_no_error_of_the_next_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,10 +67,7 @@ def test_copies_that_failed_are_no_error_of_the_next_pass(
 def test_copies_that_failed_do_not_keep_a_run_from_closing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = mlp()
-    optimizer = adamw(model)
-    watched = Watched(model, tmp_path, optimizer, host="1MiB")
-    train(model, optimizer, range(2))
+    _, _, watched = two_steps(tmp_path)
     send_and_fail(watched, monkeypatch)
     watched.close()
 
@@ -68,10 +75,7 @@ def test_copies_that_failed_do_not_keep_a_run_from_closing(
 def test_a_copy_that_fails_is_an_error_of_its_own_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = mlp()
-    optimizer = adamw(model)
-    watched = Watched(model, tmp_path, optimizer, host="1MiB")
-    train(model, optimizer, range(2))
+    model, optimizer, watched = two_steps(tmp_path)
     loss = loss_of(model, 2)
     last: Any = model[7].weight
     handle = last.register_hook(lambda _: send_and_fail(watched, monkeypatch))

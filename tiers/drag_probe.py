@@ -15,10 +15,10 @@ from pathlib import Path
 
 from offload.tiers import vm
 from offload.tiers.disk import SpillFile
+from offload.tiers.lane import DISK_WORKERS
 from offload.tiers.spec import MIB
 
 BLOCK_BYTES = 8 * MIB  # a chunk where nothing is trained
-WORKERS = 3  # as the engine's read lane has
 BUFFERS = 3  # of each worker: together more than a cache holds, as in tiers/probe.py
 FILE_BYTES = 256 * MIB
 ALONE_S, BESIDE_S, PAUSE_S = 0.35, 0.5, 0.05  # of each round
@@ -80,8 +80,8 @@ def _repeat(work: Callable[[], object], least_s: float) -> tuple[int, float]:
 def _reading(folder: Path) -> Iterator[tuple[threading.Event, list[int]]]:
     """Workers that read while the event is set; the bytes that each has read."""
     disk = SpillFile(folder, announce=lambda _: None)
-    busy, over, moved = threading.Event(), threading.Event(), [0] * WORKERS
-    buffers = [vm.reserve(BLOCK_BYTES) for _ in range(WORKERS * BUFFERS)]
+    busy, over, moved = threading.Event(), threading.Event(), [0] * DISK_WORKERS
+    buffers = [vm.reserve(BLOCK_BYTES) for _ in range(DISK_WORKERS * BUFFERS)]
 
     def read(worker: int) -> None:
         block = worker
@@ -91,7 +91,7 @@ def _reading(folder: Path) -> Iterator[tuple[threading.Event, list[int]]]:
             buffer = buffers[block % len(buffers)]
             disk.read(buffer, BLOCK_BYTES, block * BLOCK_BYTES % FILE_BYTES)
             moved[worker] += BLOCK_BYTES
-            block += WORKERS
+            block += DISK_WORKERS
 
     try:
         disk.grow(FILE_BYTES)
@@ -100,8 +100,8 @@ def _reading(folder: Path) -> Iterator[tuple[threading.Event, list[int]]]:
             vm.fill(address, BLOCK_BYTES, 1)
         for offset in range(0, FILE_BYTES, BLOCK_BYTES):
             disk.push(buffers[0], BLOCK_BYTES, offset)
-        with ThreadPoolExecutor(WORKERS) as pool:
-            jobs = [pool.submit(read, worker) for worker in range(WORKERS)]
+        with ThreadPoolExecutor(DISK_WORKERS) as pool:
+            jobs = [pool.submit(read, worker) for worker in range(DISK_WORKERS)]
             try:
                 yield busy, moved
             finally:

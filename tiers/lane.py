@@ -17,6 +17,10 @@ from typing import Protocol
 
 from offload.tiers.sched import ask_for_short_slices
 
+# Of a disk's lane, each direction, and of whoever measures one: a fast drive wants two, while one
+# hands over and takes checksums.
+DISK_WORKERS = 3
+
 
 class Ticket:
     """Completion of one transfer; an error raises where the ticket is awaited."""

@@ -14,10 +14,10 @@ from typing import Any
 
 from offload.tiers import vm
 from offload.tiers.disk import SpillFile
+from offload.tiers.lane import DISK_WORKERS
 from offload.tiers.spec import GIB, MIB, Machine
 
 BLOCK_BYTES = 8 * MIB
-WORKERS = 3  # each direction, as the engine's lanes have
 # Moved to and from more memory than a processor's cache holds, as chunks are: into 32 MiB a virtual
 # disk, whose host copies, read 1.2 times as fast as into 96 or 384 (docs/log.md).
 MEMORY_BYTES = 96 * MIB
@@ -36,7 +36,7 @@ def probe(
     disk.grow(size_bytes)
     blocks = size_bytes // BLOCK_BYTES
     buffers = [_buffer() for _ in range(memory_bytes // BLOCK_BYTES)]
-    with ThreadPoolExecutor(2 * WORKERS) as pool:
+    with ThreadPoolExecutor(2 * DISK_WORKERS) as pool:
 
         def run(own: list[int], move: Callable[[int, int, int], object], part: range) -> float:
             for block, buffer in zip(part, itertools.cycle(own), strict=False):
@@ -48,14 +48,14 @@ def probe(
             begin_s, jobs = time.perf_counter(), []
             for d, move in enumerate(directions):
                 half = blocks // len(directions)
-                for w in range(WORKERS):
-                    part = range(d * half + w, (d + 1) * half, WORKERS)
-                    own = buffers[d * WORKERS + w :: len(directions) * WORKERS]
+                for w in range(DISK_WORKERS):
+                    part = range(d * half + w, (d + 1) * half, DISK_WORKERS)
+                    own = buffers[d * DISK_WORKERS + w :: len(directions) * DISK_WORKERS]
                     jobs.append(pool.submit(run, own, move, part))
             ends = [j.result() for j in jobs]
             return [
                 blocks // len(directions) * BLOCK_BYTES
-                / (max(ends[d * WORKERS : (d + 1) * WORKERS]) - begin_s)
+                / (max(ends[d * DISK_WORKERS : (d + 1) * DISK_WORKERS]) - begin_s)
                 for d in range(len(directions))
             ]  # fmt: skip
 
