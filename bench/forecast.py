@@ -29,7 +29,7 @@ from offload.effort import as_dict, measure, sample_for
 from offload.forecast import Answer, Forecaster
 from offload.machines import Site
 from offload.prefetch.trace import Phase
-from offload.tiers.probe import probe
+from offload.tiers.probe import probe_machine
 from offload.tiers.spec import MIB, Budget, Machine, parse_size
 
 WARM_STEPS = 9
@@ -72,7 +72,7 @@ def this_minute(
     forecaster: Forecaster, config: LlamaConfig, job: FineTune, host_bytes: int, disk: Path
 ) -> tuple[Site, Budget]:
     """This machine, measured now, with so much host memory and a disk without end."""
-    machine = probe(disk)
+    machine = probe_machine(disk)
     share, chunk_bytes = forecaster.share(job, host_bytes)
     processor = measure(sample_for(config, job, chunk_bytes, share), disk, machine)
     budget = Budget(host_bytes, None, 1 << 40)

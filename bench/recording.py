@@ -24,7 +24,7 @@ import offload
 from offload.config import Tuning
 from offload.steps import Kind
 from offload.tape import Tape, meters_of
-from offload.tiers.probe import probe
+from offload.tiers.probe import probe_machine
 
 WARM_STEPS = 5
 WAYS = ("noted", "plain", "control")
@@ -49,7 +49,7 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Medians of all ways, and the ratios of noted and control steps to plain ones."""
-    machine = probe(args.disk)
+    machine = probe_machine(args.disk)
     model = offload.init(
         lambda: build(SHAPES[args.shape]), host_memory=args.budget, disk=folder,
         tuning=Tuning(machine=machine),

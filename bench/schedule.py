@@ -11,7 +11,7 @@ For each gap between two uses of a chunk: E, R, W, the bytes given up, read back
 the end of each moment, all of them growing; E <= W where the chunk was changed. Memory that chunks
 hold, with what activations took as recorded, fits the budget when the moment begins: what is read
 beside a moment takes no room before the next. A moment lasts as long as its computing and as its
-transfers take.
+transfers take, which are slower beside computing.
 """
 
 from __future__ import annotations
@@ -153,14 +153,14 @@ def least_s(trace: Trace, machine: Machine, capacity_bytes: int, count: int = 48
         written = wrote + len(spans) - 1
         if gap.read:
             rows.add(0.0, (gone + len(spans) - 1, 1.0), (back + len(spans) - 1, -1.0))
-    seconds = np.zeros(number)
+    seconds, lost = np.zeros(number), 1.0 - machine.beside_share
     for k, moment in zip(stretch, trace.moments, strict=True):
         seconds[k] += moment.compute_s
     for k in range(number):
         rows.add(capacity_bytes - held[k], *memory[k])
         for read_s, write_s in drive(machine):
             terms = [(c, r * read_s + w * write_s) for c, r, w in moved[k]]
-            rows.add(0.0, (k, -1.0), *terms)
+            rows.add(-lost * seconds[k], (k, -1.0), *terms)
     return _solve(rows, columns, seconds)
 
 

@@ -24,7 +24,7 @@ from record import append
 from rivals import BOUNDS, Row, compete
 from traffic import minimum_bytes, minimum_in_backward_bytes
 
-from offload.tiers.probe import probe, remember
+from offload.tiers.probe import probe_machine, remember
 from offload.tiers.spec import MIB, Machine, parse_size
 
 BENCH = Path(__file__).parent
@@ -96,14 +96,14 @@ def judge(row: Row, shape: str, budget: str, *, in_backward: bool) -> None:
 
 def fresh_machine(disk: Path) -> Machine:
     """Rates of this minute, remembered so that every contestant of ours plans with them."""
-    machine = probe(disk)
+    machine = probe_machine(disk)
     remember(disk, machine)
     return machine
 
 
 def rates_now(disk: Path) -> Callable[[], dict[str, float]]:
     """Measures the disk under a folder when called."""
-    return lambda: probe(disk).to_dict()
+    return lambda: probe_machine(disk).to_dict()
 
 
 def show(rows: dict[str, Row]) -> None:
@@ -149,7 +149,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.disk) as folder:
         rivals = commands(args.only, args, Path(folder))
         rows = compete(rivals, args.rounds, args.steps, measure=rates_now(args.disk))
-    after = probe(args.disk)
+    after = probe_machine(args.disk)
     for name, row in rows.items():
         if "stats" in row:
             budget = OURS[name][1] or args.budget

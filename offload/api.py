@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -320,7 +321,10 @@ def _lanes(tuning: Tuning) -> tuple[Lane, Lane]:
 def _machine(given: Given, tuning: Tuning) -> Machine | None:
     if not tuning.prefetch or given.disk is None:
         return None
-    return tuning.machine or cached_probe(given.disk)
+    machine = tuning.machine or cached_probe(given.disk)
+    if given.place is not None and given.place.device.type != "cpu":
+        return replace(machine, beside_share=1.0)  # passes take no cores from the disk
+    return machine
 
 
 def _planner(engine: Engine, machine: Machine) -> Planner:

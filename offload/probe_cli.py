@@ -33,9 +33,9 @@ def probe(
 ) -> None:
     """Measure each lane alone, and the pairs that share something; remember the result.
 
-    Disk read with disk write, memory copy with update, and the two directions of the link to a
-    GPU where there is one. Plans are then made from these rates. Of a ``--config`` file only
-    memory.disk is used.
+    Disk read with disk write, memory copy with update, the disk with products on all cores, and
+    the two directions of the link to a GPU where there is one. Plans are then made from these
+    rates. Of a ``--config`` file only memory.disk is used.
     """
     voice = voice_of(context, as_json=as_json, verbose=verbose, quiet=quiet)
     told = file_values(config, RunConfig).get("memory.disk")
@@ -85,6 +85,8 @@ def _show(found: Survey) -> None:
     for pair in found.pairs:
         for row in _rows(pair):
             table.add_row(*row)
+    share = found.machine.beside_share
+    table.add_row("disk, any direction", "", f"{share:.0%}", "products or update on all cores")
     table.add_row("product, float32", f"{found.product_flops_per_s / 1e9:.1f} GFLOP/s", "", "")
     console = Console()
     console.print(table)

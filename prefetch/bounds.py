@@ -1,8 +1,9 @@
 """The least time of a step: over phases that cannot overlap, the slowest resource of each, summed.
 
 Nothing here knows a schedule: every resource is given the seconds that it needs by itself, at
-measured rates, without latencies. What moves over DRAM has no term of its own: it is in the
-measured rates of copies and of the update.
+measured rates, without latencies. Rates of what is shared are joint ones: those of the disk's two
+directions, and that of the disk beside cores that compute. What moves over DRAM has no term of its
+own: it is in the measured rates of copies and of the update.
 """
 
 from __future__ import annotations
@@ -34,12 +35,23 @@ class Drive(NamedTuple):
     """Seconds in which the drive alone moves what passes need, what the update needs, and both.
 
     ``spare_s``: what it moves in these may cross the barrier between them, since memory holds it.
+    ``beside_share``: the part of its pace that it keeps while cores compute (``spec.Machine``).
     """
 
     passes_s: float = 0.0
     update_s: float = 0.0
     whole_s: float = 0.0
     spare_s: float = 0.0
+    beside_share: float = 1.0
+
+    def beside(self, passes_s: float, update_s: float) -> Drive:
+        """What it needs of a step in which cores compute for so long in passes and update."""
+        lost = 1.0 - self.beside_share
+        return self._replace(
+            passes_s=self.passes_s + lost * passes_s,
+            update_s=self.update_s + lost * update_s,
+            whole_s=self.whole_s + lost * (passes_s + update_s),
+        )
 
 
 class Pass(NamedTuple):
@@ -82,7 +94,8 @@ def drive_of(
         machine.disk_s(*(sum(b.get(p, 0) for p in group) for b in (read_bytes, write_bytes)))
         for group in (PASSES, (Phase.UPDATE,), tuple(Phase))
     )
-    return Drive(passes_s, update_s, whole_s, machine.disk_s(spare_bytes, 0))
+    spare_s = machine.disk_s(spare_bytes, 0)
+    return Drive(passes_s, update_s, whole_s, spare_s, machine.beside_share)
 
 
 def bound(drive: Drive, trace: Trace) -> Limit:
@@ -93,8 +106,9 @@ def bound(drive: Drive, trace: Trace) -> Limit:
     """
     passes_s, update_s = (_compute_s(trace, p) for p in (PASSES, (Phase.UPDATE,)))
     return _limit(
-        drive, {"compute": passes_s}, {"compute": update_s}, {"compute": passes_s + update_s}
-    )
+        drive.beside(passes_s, update_s),
+        {"compute": passes_s}, {"compute": update_s}, {"compute": passes_s + update_s},
+    )  # fmt: skip
 
 
 def framed_bound(drive: Drive, host: Trace, device: Framed) -> Limit:
@@ -121,7 +135,8 @@ def framed_bound(drive: Drive, host: Trace, device: Framed) -> Limit:
     if device.one_processor:
         cores = {"compute": compute_s + update_s}
     wires = cores | {"up": up_s, "down": device.down_s}
-    return _limit(drive, passes, {"update": update_s}, wires)
+    beside_s = compute_s if device.one_processor else early_s
+    return _limit(drive.beside(beside_s, update_s), passes, {"update": update_s}, wires)
 
 
 def _limit(
@@ -132,7 +147,7 @@ def _limit(
 
     Of the drive's seconds as many cross the barrier as may, and as is best.
     """
-    groups, disk_s = (passes, update), drive[:2]
+    groups, disk_s = (passes, update), (drive.passes_s, drive.update_s)
     floor_s = [sum(group.values()) for group in groups]
     low, high = -min(drive.spare_s, disk_s[0]), min(drive.spare_s, disk_s[1])
     turns = (floor_s[0] - disk_s[0], disk_s[1] - floor_s[1], 0.0)

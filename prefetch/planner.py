@@ -19,7 +19,6 @@ import numpy as np
 from offload.prefetch.bounds import IDLE, bound, drive_of
 from offload.prefetch.plan import Forecast, Ops, Plan
 from offload.prefetch.residency import Gaps, choose, find_gaps, spread, taken
-from offload.prefetch.sharing import Sharing
 from offload.prefetch.simulate import Replay, Timeline
 from offload.prefetch.trace import Phase, Trace
 from offload.prefetch.uses import Bools, Ints, Uses, find_uses
@@ -30,8 +29,6 @@ _BYTES_SHARE = 0.05  # that time may cost; it was worth 4% of a step at most (do
 _RESERVES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # times the largest needs of a moment
 _FEW_RESERVES = (0.5, 2.0)
 _ONE_RESERVE = (2.0,)
-# Left of the drive's rate beside two threads of products, with checksums: 0.72 (docs/log.md).
-_BESIDE_COMPUTING = Sharing(drive=0.7)
 _LARGE_TRACE, _HUGE_TRACE = 10_000, 100_000  # uses of chunks; a try takes seconds on a huge one
 
 
@@ -89,10 +86,8 @@ def plan(trace: Trace, machine: Machine, capacity_bytes: int) -> Plan:
     even = draft.plan(best.reserve_bytes, evenly=True)
     if _moved_bytes(even) < _moved_bytes(best) * (1 - _BYTES_SHARE):
         return even  # a moment that holds much leaves less room for what is all at one place
-    slow = Replay(trace, machine, capacity_bytes, uses, _BESIDE_COMPUTING)
-    even_s, best_s = (slow.run(p.ops, p.resident_at_start).step_s for p in (even, best))
-    gains = even_s < best_s * (1 - _SAME_SHARE) and _moved_bytes(even) <= _moved_bytes(best)
-    return even if gains else best
+    gains = even.forecast.step_s < best.forecast.step_s * (1 - _SAME_SHARE)
+    return even if gains and _moved_bytes(even) <= _moved_bytes(best) else best
 
 
 @dataclass(frozen=True, slots=True)

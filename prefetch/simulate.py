@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from offload.prefetch.plan import Ops
-from offload.prefetch.sharing import ALONE, Sharing
+from offload.prefetch.sharing import Sharing
 from offload.prefetch.trace import Trace
 from offload.prefetch.uses import Bools, Uses, deaths, find_uses
 from offload.tiers.spec import Machine, format_size
@@ -70,7 +70,7 @@ def simulate(
     capacity_bytes: int,
     ops: Sequence[Ops],
     resident_at_start: frozenset[int],
-    sharing: Sharing = ALONE,
+    sharing: Sharing | None = None,
 ) -> Timeline:
     """Replay two steps of ``ops`` and report the second; see ``Replay``."""
     replay = Replay(trace, machine, capacity_bytes, find_uses(trace), sharing)
@@ -174,15 +174,16 @@ class Replay:
     """The engine's rules for plans of one trace, in simulated time.
 
     ``capacity_bytes`` holds chunks (there, coming, or leaving until written) and the trace's
-    ``other_bytes``.
+    ``other_bytes``. ``sharing``: where compute times were not recorded beside transfers; otherwise
+    they are what they are there, and only the drive is the slower beside them.
     """
 
     def __init__(
         self, trace: Trace, machine: Machine, capacity_bytes: int, uses: Uses,
-        sharing: Sharing = ALONE,
+        sharing: Sharing | None = None,
     ) -> None:  # fmt: skip
         self.trace = trace
-        self.sharing = sharing
+        self.sharing = sharing or Sharing(drive=machine.beside_share)
         self.step = _Step(trace, uses)
         self.tier = _Tier(capacity_bytes, 0)
         self.drive = _Drive(machine)

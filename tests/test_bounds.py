@@ -47,6 +47,25 @@ def test_bytes_may_cross_the_barrier_as_far_as_memory_holds_them() -> None:
     assert enough.bound_s == pytest.approx(enough.wire_bound_s) == pytest.approx(10.0)
 
 
+def test_the_disk_is_slower_beside_cores_that_compute() -> None:
+    """Of 4 s of computing the disk has 2 at half its pace: 10 s of it take 12, 2 s are hidden."""
+    trace, slow = timed((F, 4.0, ()), (U, 7.0, ())), replace(DRIVE, beside_share=0.5)
+    busy = drive_of(slow, {F: 100}, {})
+    assert bound(busy, trace) == pytest.approx((12.0 + 7.0, 10.0 + 5.5, "disk"))
+    hidden = drive_of(slow, {F: 20}, {})
+    assert bound(hidden, trace) == pytest.approx((11.0, 11.0, "compute"))
+
+
+def test_a_device_takes_no_cores_from_the_disk() -> None:
+    """Only the update does, and an emulated device, which is the same cores."""
+    busy = Drive(40.0, 10.0, 50.0, beside_share=0.5)
+    device = framed((F, 10.0, ()), (B, 20.0, ()))
+    apart = framed_bound(busy, host(4.0), device)
+    assert apart == pytest.approx((40.0 + 12.0, 52.0, "disk"))
+    same = framed_bound(busy, host(4.0), replace(device, one_processor=True))
+    assert same == pytest.approx((55.0 + 12.0, 67.0, "disk"))
+
+
 def test_without_a_tier_below_a_step_is_its_computing() -> None:
     trace = timed((F, 1.0, (0,)), (B, 3.0, (0,)), (U, 2.0, (0,)), sizes=(60,))
     trace = replace(trace, moments=(replace(trace.moments[0], handling_s=0.5), *trace.moments[1:]))
@@ -58,13 +77,13 @@ def test_without_a_tier_below_a_step_is_its_computing() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(traces(), st.integers(0, 6))
-def test_no_plan_is_foreseen_to_beat_its_bound(trace: Trace, room: int) -> None:
+@given(traces(), st.integers(0, 6), st.floats(0.1, 1.0))
+def test_no_plan_is_foreseen_to_beat_its_bound(trace: Trace, room: int, share: float) -> None:
     """But for what the moments at the barriers hold themselves, which may be written behind."""
-    machine = replace(SLOW, disk_latency_s=0.0)
+    machine = replace(SLOW, disk_latency_s=0.0, beside_share=share)
     made = plan(trace, machine, smallest_bytes(trace) + room * 4096)
     held = max(sum(trace.chunk_bytes[n.chunk] for n in m.needs) for m in trace.moments)
-    slack_s = machine.disk_s(0, 2 * held)
+    slack_s = machine.disk_s(0, 2 * held) / share
     assert made.forecast.bound_s <= (made.forecast.step_s + slack_s) * (1 + 1e-9)
     assert made.forecast.wire_bound_s <= made.forecast.bound_s * (1 + 1e-9)
 

@@ -18,7 +18,7 @@ from offload.prefetch.search import Candidate, Problem, lane_lines, policy_of
 from offload.shape import read_config
 from offload.tiers import drag_probe
 from offload.tiers.disk import SpillFile
-from offload.tiers.drag_probe import contention, costs
+from offload.tiers.drag_probe import beside_share, contention, costs
 from offload.tiers.spec import MIB, Budget, Compute, Machine
 
 MACHINE = Machine(2e9, 4e9, 1e9, 1e9, 1e10)
@@ -100,6 +100,34 @@ def test_the_lone_rate_of_the_disk_is_of_the_same_moment(
     monkeypatch.setattr(SpillFile, "read", read)
     _, disk_drag = contention(work, tmp_path)
     assert 0.3 < disk_drag < 0.7
+
+
+def test_the_disk_keeps_the_share_that_it_has_beside_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads that take twice as long while products are computed."""
+    monkeypatch.setattr(drag_probe, "FILE_BYTES", 32 * MIB)
+    monkeypatch.setattr(drag_probe, "ALONE_S", 0.2)
+    monkeypatch.setattr(drag_probe, "_products", lambda: work)
+    working = threading.Event()
+
+    def read(*_: object) -> int:
+        time.sleep(0.04 if working.is_set() else 0.02)
+        return 0
+
+    def work() -> None:
+        working.set()
+        time.sleep(0.1)
+        working.clear()
+
+    monkeypatch.setattr(SpillFile, "read", read)
+    assert 0.4 < beside_share(tmp_path) < 0.7
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_share_is_of_a_whole(tmp_path: Path) -> None:
+    """Real reads beside real products; never more than alone."""
+    assert 0.0 < beside_share(tmp_path) <= 1.0
 
 
 @pytest.mark.usefixtures("quick")

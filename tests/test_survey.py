@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     ):  # fmt: skip
         monkeypatch.setattr(survey, name, value)
     monkeypatch.setattr(survey.rates, "__defaults__", (0.01,))
-    monkeypatch.setattr(probe, "probe", lambda folder: MACHINE)
+    monkeypatch.setattr(probe, "probe_machine", lambda folder: MACHINE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -59,10 +60,10 @@ def test_everything_is_measured_printed_and_kept(
     assert said["product_flops_per_s"] > 0
     kept = Path(said.pop("kept_in"))
     assert json.loads(kept.read_text()) == said
-    monkeypatch.setattr(probe, "probe", lambda folder: pytest.fail("it was kept"))
+    monkeypatch.setattr(probe, "probe_machine", lambda folder: pytest.fail("it was kept"))
     assert probe.cached_probe(small) == MACHINE
 
-    monkeypatch.setattr(probe, "probe", lambda folder: MACHINE)
+    monkeypatch.setattr(probe, "probe_machine", lambda folder: MACHINE)
     config = small / "run.yaml"
     config.write_text(f"memory:\n  disk: {small}\n")
     assert run(monkeypatch, "--config", str(config)) == 0
@@ -71,6 +72,20 @@ def test_everything_is_measured_printed_and_kept(
         assert part in words.replace("\n", "")
     assert run(monkeypatch, "--disk", str(small), "--quiet") == 0
     assert capsys.readouterr().out == ""
+
+
+def test_what_another_version_kept_is_measured_again(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share that is not known is not taken for a whole."""
+    old = MACHINE.to_dict()
+    del old["beside_share"]
+    probe.keep(probe.remembered_at(small), old)
+    found = replace(MACHINE, beside_share=0.6)
+    monkeypatch.setattr(probe, "probe_machine", lambda folder: found)
+    assert probe.cached_probe(small) == found
+    monkeypatch.setattr(probe, "probe_machine", lambda folder: pytest.fail("it was kept"))
+    assert probe.cached_probe(small) == found
 
 
 def test_a_first_run_measures_before_its_budget_is_full(
@@ -88,7 +103,7 @@ def test_a_first_run_measures_before_its_budget_is_full(
         return MACHINE
 
     monkeypatch.setattr("offload.api.adopt_parameter", adopt)
-    monkeypatch.setattr(probe, "probe", measure)
+    monkeypatch.setattr(probe, "probe_machine", measure)
     model = nn.Linear(64, 64)
     offload.wrap(model, None, host_memory="8MiB", disk=small)
     offload.runtime(model).close()

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from offload.tiers import vm
 from offload.tiers.disk import SpillFile
@@ -22,13 +25,41 @@ BLOCK_BYTES = 8 * MIB  # a chunk where nothing is trained
 BUFFERS = 3  # of each worker: together more than a cache holds, as in tiers/probe.py
 FILE_BYTES = 256 * MIB
 ALONE_S, BESIDE_S, PAUSE_S = 0.35, 0.5, 0.05  # of each round
+_ROWS, _SIDE, _WEIGHTS = 32, 1024, 6  # of products, as a step's: 24 MiB of weights
+
+
+class Round(NamedTuple):
+    """``together_s`` in which both were busy: what each did would have taken so long alone."""
+
+    together_s: float
+    work_s: float
+    read_s: float
+
+
+def beside_share(folder: Path) -> float:
+    """That of `Machine`, of the disk under ``folder``; some four seconds. Raises DiskFull.
+
+    Measured with reads and products. It is the same for writes and both directions at once, and for
+    updates, which are no products, to within 3% (docs/log.md).
+    """
+    rounds = side_by_side(_products(), folder)
+    return min(statistics.median(r.read_s / r.together_s for r in rounds), 1.0)
 
 
 def contention(work: Callable[[], object], folder: Path, rounds: int = 3) -> tuple[float, float]:
-    """(drag, disk_drag) as in `Compute`, with ``work`` as what computes; some four seconds.
+    """(drag, disk_drag) as in `Compute`, with ``work`` as what computes: the median of rounds.
 
-    In each round ``work`` is repeated alone; then workers read blocks of a spill file in ``folder``
-    with their checksums as fast as they can, alone and beside ``work``; the median of the rounds.
+    Raises DiskFull where 256 MiB cannot be had.
+    """
+    found = [costs(*each) for each in side_by_side(work, folder, rounds)]
+    drag, disk_drag = (statistics.median(f[i] for f in found) for i in (0, 1))
+    return drag, disk_drag
+
+
+def side_by_side(work: Callable[[], object], folder: Path, rounds: int = 3) -> list[Round]:
+    """In each round ``work`` is repeated alone; then workers read blocks of a spill file in
+    ``folder`` with their checksums as fast as they can, alone and beside ``work``.
+
     The disk's rate of another minute would not do for the lone one: what computing takes from
     reading is less than what that changes by. Raises DiskFull where 256 MiB cannot be had.
     """
@@ -49,9 +80,8 @@ def contention(work: Callable[[], object], folder: Path, rounds: int = 3) -> tup
             busy.clear()
             time.sleep(PAUSE_S)  # what is being read is read to its end
             work_s = beside * alone_s / alone
-            found.append(costs(beside_s, work_s, read_bytes * lone_s / lone_bytes))
-    drag, disk_drag = (statistics.median(f[i] for f in found) for i in (0, 1))
-    return drag, disk_drag
+            found.append(Round(beside_s, work_s, read_bytes * lone_s / lone_bytes))
+    return found
 
 
 def costs(together_s: float, work_s: float, read_s: float) -> tuple[float, float]:
@@ -63,6 +93,20 @@ def costs(together_s: float, work_s: float, read_s: float) -> tuple[float, float
     drag = (together_s - work_s) / read_s
     disk_drag = (together_s - read_s) / work_s
     return max(drag, 0.0), min(max(disk_drag, 0.0), 1.0)
+
+
+def _products() -> Callable[[], None]:
+    """On all of torch's threads."""
+    tokens = torch.ones(_ROWS, _SIDE)
+    weights = [torch.ones(_SIDE, _SIDE) for _ in range(_WEIGHTS)]
+    out = torch.empty(_ROWS, _SIDE)
+
+    def multiply() -> None:
+        with torch.no_grad():
+            for weight in weights:
+                torch.mm(tokens, weight, out=out)
+
+    return multiply
 
 
 def _repeat(work: Callable[[], object], least_s: float) -> tuple[int, float]:

@@ -1,7 +1,8 @@
-"""Measure the machine: each lane alone, and the two directions of the disk together."""
+"""Measure the machine: each lane alone, and the disk's two directions, and it beside computing."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,11 +10,13 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from offload.tiers import vm
 from offload.tiers.disk import SpillFile
+from offload.tiers.drag_probe import beside_share
 from offload.tiers.lane import DISK_WORKERS
 from offload.tiers.spec import GIB, MIB, Machine
 
@@ -73,13 +76,19 @@ def probe(
     return Machine(read, write, min(mixed_read, read), min(mixed_write, write), copy)
 
 
+def probe_machine(folder: Path) -> Machine:
+    """All that is planned with, without a link to a GPU; some eight seconds. Raises DiskFull."""
+    return replace(probe(folder), beside_share=beside_share(folder))
+
+
 def cached_probe(folder: Path) -> Machine:
-    """The last probe of this folder's device by this user, or a new one, which is then kept."""
+    """What was measured last of this folder's device by this user; if nothing, what is now."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return Machine(**json.loads(remembered_at(folder).read_text()))
-    except (OSError, ValueError, TypeError):
-        machine = probe(folder)
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        kept = json.loads(remembered_at(folder).read_text())
+        if kept.keys() == {f.name for f in fields(Machine)}:  # another version's has others
+            return Machine(**kept)
+    machine = probe_machine(folder)
     remember(folder, machine)
     return machine
 

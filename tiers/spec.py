@@ -69,6 +69,7 @@ class Machine:
 
     The disk's two directions share one drive: ``mixed_*`` are the rates that each direction
     reaches while the other runs too. Host copies (``copy``) share DRAM with everything.
+    ``beside_share``: the part of its rates, whichever, that the disk keeps while all cores compute.
     """
 
     read_bytes_per_s: float
@@ -79,6 +80,7 @@ class Machine:
     h2d_bytes_per_s: float = 0.0
     d2h_bytes_per_s: float = 0.0
     disk_latency_s: float = 1e-4
+    beside_share: float = 1.0
 
     def disk_s(self, read_bytes: float, write_bytes: float) -> float:
         """Least seconds in which the drive can move both, with both directions in flight.

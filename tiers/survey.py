@@ -1,8 +1,8 @@
 """The whole machine, for ``offload probe``: each lane alone, and the pairs that share something.
 
-The planner needs little of this (`probe.probe`, seconds at the first run). The rest says what a
-machine can do: a product, the optimizer's update, which shares DRAM and cores with memory copies,
-and the two directions of the link to a GPU.
+The planner needs little of this (`probe.probe_machine`, seconds at the first run). The rest says
+what a machine can do: a product, the optimizer's update, which shares DRAM and cores with memory
+copies, and the two directions of the link to a GPU.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ Work = Callable[[], float]  # does it once, and says how much that was
 
 def survey(folder: Path) -> Survey:
     """Measure; some ten seconds. Raises DiskFull where half a GiB cannot be had in ``folder``."""
-    machine = probe.probe(folder)
+    machine = probe.probe_machine(folder)
     disk = Pair(
         ("disk read", "disk write"), ("B", "B"),
         (machine.read_bytes_per_s, machine.write_bytes_per_s),
