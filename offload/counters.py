@@ -28,8 +28,11 @@ class Counters:
     seen: Callable[[Stall], None] | None = None
 
     def stalled_s(self, *, below: bool) -> float:
-        """All seconds so far; with those of the tiers below."""
-        mine_s = sum(self.stall_s.values())
+        """All seconds of waiting for transfers so far; with those of the tiers below.
+
+        A checksum is the processor's own work: plans are to know it as such.
+        """
+        mine_s = sum(s for cause, s in self.stall_s.items() if cause != "checksum")
         return mine_s + self.below.stalled_s(below=True) if below and self.below else mine_s
 
     def waited(self, cause: str, chunk: int, start_s: float) -> None:

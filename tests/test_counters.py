@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from offload.counters import Counters, Stall
@@ -34,3 +36,14 @@ def test_a_tape_has_the_engines_waits_while_it_records(manage: Manager) -> None:
     engine.evict_all()
     engine.need(Phase.BACKWARD, (Need(0, Access.READ),))
     assert len(tape.stalls) == known
+
+
+def test_a_checksum_is_work_and_no_waiting_for_transfers() -> None:
+    """So traces count it among what the engine itself takes, and plans foresee it."""
+    counters = Counters()
+    for cause in ("checksum", "read", "write"):
+        with counters.waiting(cause, 0):
+            time.sleep(0.002)
+    waited_s = counters.stalled_s(below=False)
+    assert waited_s == counters.stall_s["read"] + counters.stall_s["write"]
+    assert counters.stall_s["checksum"] >= 0.002

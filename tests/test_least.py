@@ -32,6 +32,9 @@ def test_the_least_time_of_a_step_by_hand() -> None:
     assert LEAST_S(trace, machine, 120) == pytest.approx(8.0)
     assert LEAST_S(trace, machine, 60) == pytest.approx(12.0)
     assert LEAST_S(trace, machine, 90) == pytest.approx(8.0)  # half of each is 3 s
+    # Beside 4 s of computing at a quarter of its pace the drive moves 10 of the 30 bytes.
+    slow = replace(machine, beside_share=0.25)
+    assert LEAST_S(trace, slow, 90) == pytest.approx(2 * (4.0 + 2.0))
 
 
 def test_a_gradient_that_has_no_room_until_its_update_is_written_and_read() -> None:
@@ -48,11 +51,11 @@ def test_a_gradient_that_has_no_room_until_its_update_is_written_and_read() -> N
 
 @settings(max_examples=120, deadline=None)
 @given(traces(4, 6), st.integers(0, 5), st.sampled_from([ONE_DRIVE, DUPLEX, SLOW]),
-       st.sampled_from([2, 48]))  # fmt: skip
+       st.sampled_from([2, 48]), st.floats(0.1, 1.0))  # fmt: skip
 def test_no_plan_is_foreseen_to_beat_the_least_time(
-    trace: Trace, room: int, machine: Machine, count: int
+    trace: Trace, room: int, machine: Machine, count: int, share: float
 ) -> None:
-    machine = replace(machine, disk_latency_s=0.0)
+    machine = replace(machine, disk_latency_s=0.0, beside_share=share)
     capacity_bytes = smallest_bytes(trace) + room * UNIT
     made = plan(trace, machine, capacity_bytes)
     assert (

@@ -96,6 +96,15 @@ def test_lanes_that_share_cores_slow_each_other_while_both_run() -> None:
     assert line.step_s == pytest.approx(2 * (12.0 + 2.0))  # six lone seconds take twelve
 
 
+def test_recorded_computing_slows_the_drive_as_was_measured_and_not_itself() -> None:
+    """At half its pace 20 of 60 bytes come in 4 s of computing; the rest at the full pace."""
+    ops = (Ops(drops=(1,), loads=(1,)), Ops(drops=(0,), loads=(0,)))
+    slow = replace(DRIVE, beside_share=0.5)
+    line = simulate(two_in_turn(R), slow, 120, ops, frozenset({0, 1}))
+    assert line.step_s == pytest.approx(2 * (4.0 + 4.0))
+    assert line.stalls_s == pytest.approx([4.0, 4.0])
+
+
 @given(st.floats(0, 0.9), st.floats(0, 0.9))
 def test_paces_are_those_that_the_costs_tell(drag: float, disk_drag: float) -> None:
     """In T = C + drag R = R + disk_drag C together, each side did its lone seconds."""
