@@ -4,9 +4,9 @@ All live at once, but only the one whose turn it is runs: the others are stopped
 no thread of theirs spins and no read-ahead of theirs goes on. A turn is some consecutive steps, of
 which the first is not counted: it starts with queues that are not those of a steady loop. Rounds
 of turns in shuffled order, so that a drift of the machine hits all alike. Who has
-bounds is told the disk's rates before each turn: a bound is of the minute of its steps. All start
-as the ``offload`` command does (offload/entry.py): malloc with huge pages, threads that spin for a
-short time; unless the environment says otherwise.
+bounds is told the disk's rates before each turn: a bound is of the minute of its steps. Malloc uses
+huge pages in all of them, as in the ``offload`` command (offload/entry.py), unless GLIBC_TUNABLES
+says otherwise.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from typing import Any
 
 from child import anonymous_bytes
 
-from offload.entry import settings
+from offload.entry import TUNABLE
 
+HUGE = {"GLIBC_TUNABLES": TUNABLE}
 BOUNDS = ("bound_s", "wire_bound_s")
 WARM_STEPS = 9  # one recorded, eight replayed; the plan is final after the seventh
 Row = dict[str, Any]
@@ -45,8 +46,7 @@ class Rival:
         self.peaks = {"life": 0, "steps": 0}
         self._limit_s = limit_s
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as this)
-        path = f"{Path(command[0]).parent}:{os.environ['PATH']}"
-        env = {**os.environ, **settings(os.environ), "PATH": path}
+        env = {**HUGE, **os.environ, "PATH": f"{Path(command[0]).parent}:{os.environ['PATH']}"}
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,

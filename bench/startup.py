@@ -1,9 +1,9 @@
-"""Do the settings of a process's start pay (offload/entry.py)? Steps with each of them, in turns.
+"""Do huge pages for malloc and threads that spin for a shorter time pay? In turns, with each.
 
-Huge pages for malloc, whose freed pages go back to the system within a budget and are faulted in
-anew; OpenMP's threads that spin for a shorter time, so that who reads and writes gets the cores.
-The ``offload`` command starts itself with both; a script is given them (docs/tuning.md, 9).
-Memory: the peak during steps, less what imports take.
+Malloc's freed pages go back to the system within a budget and are faulted in anew; the ``offload``
+command asks for huge ones at its start (offload/entry.py). OpenMP's threads spin for a shorter time
+while chunks move (offload/spins.py) unless the environment says how long: 300,000 turns are its
+default. Memory: the peak during steps, less what imports take.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from child import SHAPES
 from record import append
 from rivals import Row, compete
 
-from offload.entry import SPINS, TUNABLE
+from offload.entry import TUNABLE
 
 KINDS = ("plain", "offload", "offload-backward")
+LONG = {"GOMP_SPINCOUNT": "300000"}
 WAYS = {
-    "neither": {},
-    "huge pages": {"GLIBC_TUNABLES": TUNABLE},
-    "short spins": {"GOMP_SPINCOUNT": SPINS},
-    "both": {"GLIBC_TUNABLES": TUNABLE, "GOMP_SPINCOUNT": SPINS},
+    "neither": {"GLIBC_TUNABLES": "", **LONG},
+    "huge pages": {"GLIBC_TUNABLES": TUNABLE, **LONG},
+    "short spins": {"GLIBC_TUNABLES": ""},
+    "both": {"GLIBC_TUNABLES": TUNABLE},
 }
 MIB = 1 << 20
 
@@ -38,7 +39,7 @@ def steps_of(args: argparse.Namespace, folder: Path) -> dict[str, Row]:
             disk = folder / f"{kind}-{way}"
             disk.mkdir()
             commands[f"{kind}, {way}"] = [
-                "/usr/bin/env", "-u", "GLIBC_TUNABLES", "-u", "GOMP_SPINCOUNT",
+                "/usr/bin/env", "-u", "GOMP_SPINCOUNT",
                 *(f"{name}={value}" for name, value in said.items()), sys.executable,
                 str(Path(__file__).parent / "contestant.py"), kind, "--shape", args.shape,
                 "--budget", args.budget, "--disk", str(disk),

@@ -46,6 +46,7 @@ from offload.quantised import quantise, scratch_bytes, sizes_after
 from offload.room import refuse_without_room, too_small
 from offload.run import Runtime
 from offload.scratch import ScratchMode
+from offload.spins import ShortSpins
 from offload.steps import Planner, Steps
 from offload.swap_disk import SwapFile
 from offload.tiers.copy import LendingHomes
@@ -283,11 +284,12 @@ def _build(
         adopt_parameter(engine, home)
     engine.settle()
     may_fit = not tuning.keep_hooks and given.place is None
-    planner = _planner(engine, machine) if machine is not None else None
+    spins = ShortSpins()
+    planner = _planner(engine, machine, spins) if machine is not None else None
     if tuning.prefetch and given.disk is None:
         planner = stay
     steps = Steps(engine, planner, may_fit=may_fit, tapes=tuning.tapes)
-    return Parts(engine, binding, steps, machine=machine)
+    return Parts(engine, binding, steps, spins, machine=machine)
 
 
 def _space(given: Given, tuning: Tuning) -> HomeSpace:
@@ -327,11 +329,11 @@ def _machine(given: Given, tuning: Tuning) -> Machine | None:
     return machine
 
 
-def _planner(engine: Engine, machine: Machine) -> Planner:
+def _planner(engine: Engine, machine: Machine, spins: ShortSpins) -> Planner:
 
     def make(trace: Trace) -> Plan:
         try:
-            return plan(trace, machine, engine.ledger.capacity_bytes)
+            made = plan(trace, machine, engine.ledger.capacity_bytes)
         except DoesNotFit as error:
             least = error.smallest_bytes + engine.ledger.fixed_bytes
             raise BudgetError(
@@ -343,6 +345,8 @@ def _planner(engine: Engine, machine: Machine) -> Planner:
                 given_bytes=engine.ledger.budget_bytes,
                 smallest_bytes=least,
             ) from error
+        spins.want(made.forecast.read_bytes + made.forecast.write_bytes > 0)
+        return made
 
     return make
 

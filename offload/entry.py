@@ -1,15 +1,10 @@
-"""Where the ``offload`` command begins: what libraries ask the environment only as they start.
+"""Where the ``offload`` command begins: malloc is to use huge pages, which it learns at its start.
 
-[Note: malloc]
 Gradients and activations come from malloc. Within a budget their pages go back to the system and
-are faulted in anew, 4 KiB at a time. glibc (2.35 and later) takes huge pages if it is told before
-any code of ours, so the command runs itself again with that said: a few hundredths of a second.
-
-[Note: threads that spin]
-Between two operations the threads of GNU OpenMP, torch's on Linux, wait for the next by spinning,
-for some milliseconds. When the loop waits for a chunk, or moves pages, they keep from the cores
-those who read, write and take checksums. They may spin for a few tenths of a millisecond here,
-more than lies between two operations. (bench/startup.py measures both.)
+are faulted in anew, 4 KiB at a time; with huge pages a step is some percent shorter
+(bench/startup.py). glibc (2.35 and later) asks its environment once, before any code of ours, so
+the command runs itself again with that said: a few hundredths of a second, before torch is
+imported.
 """
 
 from __future__ import annotations
@@ -21,20 +16,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 TUNABLE = "glibc.malloc.hugetlb=1"
-SPINS = "10000"  # 30,000 and 3,000 are within 2% of it; the default is 300,000 (docs/log.md)
-_MALLOC, _OPENMP = "GLIBC_TUNABLES", "GOMP_SPINCOUNT"
+_NAME = "GLIBC_TUNABLES"
 _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """What to add to an environment. What it says of these things stays."""
-    found = {}
-    given = environment.get(_MALLOC, "")
-    if "glibc.malloc.hugetlb" not in given and can_ask():
-        found[_MALLOC] = f"{given}:{TUNABLE}" if given else TUNABLE
-    if not {_OPENMP, "OMP_WAIT_POLICY"} & environment.keys():
-        found[_OPENMP] = SPINS
-    return found
+def unsaid(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the environment is to say; nothing where it says something of huge pages."""
+    given = environment.get(_NAME, "")
+    if "glibc.malloc.hugetlb" in given or not can_ask():
+        return {}
+    return {_NAME: f"{given}:{TUNABLE}" if given else TUNABLE}
 
 
 def can_ask() -> bool:
@@ -49,9 +40,9 @@ def can_ask() -> bool:
 
 def main() -> None:
     """Run the command, in this process made anew where that helps."""
-    added = settings(os.environ)
-    os.environ.update(added)
-    if _MALLOC in added:
+    added = unsaid(os.environ)
+    if added:
+        os.environ.update(added)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     from offload.cli import main as run
 

@@ -15,6 +15,7 @@ from offload.engine import Engine
 from offload.hooks import Hooks
 from offload.kvstore import KVStore
 from offload.optim.step import ChunkedStep
+from offload.spins import ShortSpins
 from offload.steps import Steps
 from offload.tiers.spec import Machine
 
@@ -26,6 +27,7 @@ class Parts:
     engine: Engine
     binding: Binding
     steps: Steps
+    spins: ShortSpins
     hooks: Hooks | DeviceHooks | None = None
     stepper: ChunkedStep | None = None
     means: Means = KEEP_ALL

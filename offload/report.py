@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from offload import __version__
+from offload.entry import unsaid
 from offload.limits import limit_of, more_device_memory
 from offload.prefetch.bounds import Limit
 from offload.prefetch.variants import Situation
@@ -53,7 +54,7 @@ def report_data(run: Runtime, task: str = "", history: History | None = None) ->
     facts = Facts(
         step.step_s if step is not None else None, forecast, limit, _stalls(step),
         _situation(run, follower), _ways(run, kind, tables), framed=parts.device is not None,
-        aboard=more_device_memory(parts, kind),
+        aboard=more_device_memory(parts, kind), unsaid=unsaid(os.environ),
     )  # fmt: skip
     homes = _homes(tables, step, run)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,8 @@ class Facts:
     """What is known of a run when it is judged. ``now``: its trace; None: it is not planned.
 
     ``ways``: what of the update's ways could still be asked for. ``aboard``: what device memory
-    would save in which every weight lived.
+    would save in which every weight lived. ``unsaid``: what malloc would be told
+    by the ``offload`` command (offload/entry.py), by the variable's name.
     """
 
     step_s: float | None
@@ -42,6 +44,7 @@ class Facts:
     ways: Ways
     framed: bool = False  # weights are copied to be computed with
     aboard: Saving | None = None
+    unsaid: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,9 @@ def _of_the_host(facts: Facts, now: Situation, forecast: Forecast) -> list[str]:
     """What concerns the host and its disk."""
     found: list[str] = []
     if _moves(forecast):
+        if facts.unsaid and not facts.framed:
+            said = " ".join(f"{name}={value}" for name, value in facts.unsaid.items())
+            found.append(f"start the process with {said} (docs/tuning.md, 9): the same numbers")
         found += _same_numbers(facts, now, forecast)
         found += _other_numbers(facts, now, forecast)
     gains = any("more host memory" in line for line in found)

@@ -276,6 +276,7 @@ class Runtime:
         try:
             self.parts.engine.give_up_loads()
         finally:
+            self.parts.spins.want(False)
             self.parts.engine.space.close()
 
     def bring_home(self) -> None:

@@ -51,6 +51,19 @@ def facts(now: Situation, **ways: bool) -> Facts:
     return Facts(1.1 * predicted.bound_s, predicted, predicted.limit, stalls, now, ways_of)
 
 
+def test_what_the_environment_could_say_is_named_first_where_anything_moves() -> None:
+    said = {"GLIBC_TUNABLES": "x"}
+    asked = replace(facts(situation(0.4)), unsaid=said)
+    first = verdict(asked)["advice"][0]
+    assert "start the process with GLIBC_TUNABLES=x" in first
+    for silent in (
+        replace(asked, unsaid={}),
+        replace(asked, framed=True),  # what a GPU computes waits for nobody's spinning
+        replace(facts(situation(1.5)), unsaid=said),
+    ):
+        assert not any("start the process" in line for line in verdict(silent)["advice"])
+
+
 def test_more_memory_saves_what_it_says() -> None:
     now = situation(0.4)
     step_s = forecast(now).step_s
