@@ -65,7 +65,7 @@ def anew(run: Runtime) -> dict[str, float | None]:
         return {**known, "foretold_s": None}
     plan, capacity_bytes = track.follower.plan, run.parts.engine.ledger.capacity_bytes
     forecast = plan.forecast
-    if not forecast.read_bytes + forecast.write_bytes:
+    if not forecast.moved_bytes:
         return {**known, "foretold_s": forecast.step_s}  # the disk has no part in it
     moved = forecast.phase_read_bytes, forecast.phase_write_bytes
     limit = bound(drive_of(machine, *moved, plan.reserve_bytes), track.trace)

@@ -123,7 +123,7 @@ def measure(name: str, repeats: int = 3) -> dict[str, object]:
         made = plan(trace, NVME, capacity_bytes)
         seconds.append(time.perf_counter() - start_s)
     forecast = made.forecast
-    moved_bytes = forecast.read_bytes + forecast.write_bytes
+    moved_bytes = forecast.moved_bytes
     weights, table = shape.parameters * ITEM_BYTES, shape.numels()[0] * ITEM_BYTES
     least_bytes = minimum_bytes(weights, 2, capacity_bytes, table)
     return {

@@ -284,11 +284,11 @@ def _build(
         adopt_parameter(engine, home)
     engine.settle()
     may_fit = not tuning.keep_hooks and given.place is None
-    spins = ShortSpins()
-    planner = _planner(engine, machine, spins) if machine is not None else None
+    planner = _planner(engine, machine) if machine is not None else None
     if tuning.prefetch and given.disk is None:
         planner = stay
-    steps = Steps(engine, planner, may_fit=may_fit, tapes=tuning.tapes)
+    spins = ShortSpins()
+    steps = Steps(engine, planner, may_fit=may_fit, tapes=tuning.tapes, spins=spins)
     return Parts(engine, binding, steps, spins, machine=machine)
 
 
@@ -329,11 +329,11 @@ def _machine(given: Given, tuning: Tuning) -> Machine | None:
     return machine
 
 
-def _planner(engine: Engine, machine: Machine, spins: ShortSpins) -> Planner:
+def _planner(engine: Engine, machine: Machine) -> Planner:
 
     def make(trace: Trace) -> Plan:
         try:
-            made = plan(trace, machine, engine.ledger.capacity_bytes)
+            return plan(trace, machine, engine.ledger.capacity_bytes)
         except DoesNotFit as error:
             least = error.smallest_bytes + engine.ledger.fixed_bytes
             raise BudgetError(
@@ -345,8 +345,6 @@ def _planner(engine: Engine, machine: Machine, spins: ShortSpins) -> Planner:
                 given_bytes=engine.ledger.budget_bytes,
                 smallest_bytes=least,
             ) from error
-        spins.want(made.forecast.read_bytes + made.forecast.write_bytes > 0)
-        return made
 
     return make
 

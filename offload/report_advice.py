@@ -90,18 +90,13 @@ def _text(facts: Facts, binding: str, bound_s: float | None, ratio: float | None
     forecast = facts.forecast
     if bound_s is None or ratio is None:
         return f"nothing is planned, a step takes {facts.step_s:.3g} s"
-    if forecast is not None and not _moves(forecast) and not facts.framed:
+    if forecast is not None and not forecast.moved_bytes and not facts.framed:
         return f"all fits in memory, nothing is moved: a step takes {facts.step_s:.3g} s"
     waits_s = sum(facts.stalls_s.values())
     return (
         f"{binding} binds: a step takes {facts.step_s:.3g} s, {ratio:.2f} x its bound of "
         f"{bound_s:.3g} s; it waits {waits_s:.3g} s of that"
     )
-
-
-def _moves(forecast: Forecast) -> float:
-    """Bytes to and from the disk."""
-    return forecast.read_bytes + forecast.write_bytes
 
 
 def _advice(facts: Facts, binding: str, ratio: float | None) -> list[str]:
@@ -128,7 +123,7 @@ def _advice(facts: Facts, binding: str, ratio: float | None) -> list[str]:
 def _of_the_host(facts: Facts, now: Situation, forecast: Forecast) -> list[str]:
     """What concerns the host and its disk."""
     found: list[str] = []
-    if _moves(forecast):
+    if forecast.moved_bytes:
         if facts.unsaid and not facts.framed:
             said = " ".join(f"{name}={value}" for name, value in facts.unsaid.items())
             found.append(f"start the process with {said} (docs/tuning.md, 9): the same numbers")

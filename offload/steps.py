@@ -21,6 +21,7 @@ from offload.engine import Engine
 from offload.prefetch.plan import Plan
 from offload.prefetch.trace import Moment, Trace
 from offload.record import Follower, Recorder
+from offload.spins import ShortSpins
 from offload.tape import Tape, meters_of
 from offload.tiers.lane import Meter
 from offload.track import RETIMED_AFTER, Mode, Track
@@ -71,7 +72,8 @@ class Steps:
     """
 
     def __init__(
-        self, engine: Engine, plan_for: Planner | None, *, may_fit: bool = True, tapes: bool = True
+        self, engine: Engine, plan_for: Planner | None, *, may_fit: bool = True, tapes: bool = True,
+        spins: ShortSpins | None = None,
     ) -> None:  # fmt: skip
         self.watch = Watch(lambda: engine.ledger.used_bytes + engine.ledger.held_bytes)
         self.tracks = {kind: Track() for kind in Kind}
@@ -82,6 +84,7 @@ class Steps:
         self.tapes = tapes  # whether planned steps are noted for the report
         self._engine = engine
         self._plan_for = plan_for
+        self._spins = spins  # told of each step whether its plan moves anything
         self._step: _Step | None = None
         self._suspended: _Suspended | None = None
 
@@ -127,6 +130,8 @@ class Steps:
         recorder = self._recorder(kind, learns=len(track.replayed_s) < RETIMED_AFTER[-1])
         if self.tapes and mode is not Mode.RECORD:
             self._step.tape = Tape(self._engine, recorder.began_s, meters, track.follower)
+        if self._spins is not None:
+            self._spins.want(follower is not None and follower.plan.forecast.moved_bytes > 0)
         self._engine.begin(recorder, follower)
         return mode
 

@@ -42,6 +42,11 @@ class Forecast:
     phase_write_bytes: dict[Phase, int] = field(default_factory=dict)
 
     @property
+    def moved_bytes(self) -> int:
+        """In both directions."""
+        return self.read_bytes + self.write_bytes
+
+    @property
     def limit(self) -> Limit:
         """The bounds, and what binds."""
         return Limit(self.bound_s, self.wire_bound_s, self.binding)

@@ -133,7 +133,7 @@ def _best(plans: list[Plan]) -> Plan:
 
 
 def _moved_bytes(made: Plan) -> int:
-    return made.forecast.read_bytes + made.forecast.write_bytes
+    return made.forecast.moved_bytes
 
 
 def _held_bytes(trace: Trace, uses: Uses) -> Ints:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from offload import api
 from offload import calibrate as module
+from offload.config import Tuning
+from offload.place import Place
 from offload.prefetch.generation import Rates, RowCost, Shape, Weights, Workload
 from offload.prefetch.search import Candidate, Problem, lane_lines, policy_of
 from offload.shape import read_config
@@ -32,6 +39,26 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drag_probe, "BESIDE_S", 0.02)
     monkeypatch.setattr(drag_probe, "PAUSE_S", 0.005)
     monkeypatch.setattr(drag_probe, "FILE_BYTES", 32 * MIB)
+
+
+@pytest.fixture
+def half_pace(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Work, beside which reads take twice as long."""
+    monkeypatch.setattr(drag_probe, "FILE_BYTES", 32 * MIB)
+    monkeypatch.setattr(drag_probe, "ALONE_S", 0.2)
+    working = threading.Event()
+
+    def read(*_: object) -> int:
+        time.sleep(0.04 if working.is_set() else 0.02)
+        return 0
+
+    def work() -> None:
+        working.set()
+        time.sleep(0.1)
+        working.clear()
+
+    monkeypatch.setattr(SpillFile, "read", read)
+    return work
 
 
 @pytest.mark.parametrize(
@@ -81,47 +108,28 @@ def test_reading_goes_on_beside_the_work(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_lone_rate_of_the_disk_is_of_the_same_moment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, half_pace: Callable[[], None]
 ) -> None:
     """A disk at half its pace beside the work, whatever that pace is."""
-    monkeypatch.setattr(drag_probe, "FILE_BYTES", 32 * MIB)
-    monkeypatch.setattr(drag_probe, "ALONE_S", 0.2)
-    working = threading.Event()
-
-    def read(*_: object) -> int:
-        time.sleep(0.04 if working.is_set() else 0.02)
-        return 0
-
-    def work() -> None:
-        working.set()
-        time.sleep(0.1)
-        working.clear()
-
-    monkeypatch.setattr(SpillFile, "read", read)
-    _, disk_drag = contention(work, tmp_path)
+    _, disk_drag = contention(half_pace, tmp_path)
     assert 0.3 < disk_drag < 0.7
 
 
 def test_the_disk_keeps_the_share_that_it_has_beside_products(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, half_pace: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reads that take twice as long while products are computed."""
-    monkeypatch.setattr(drag_probe, "FILE_BYTES", 32 * MIB)
-    monkeypatch.setattr(drag_probe, "ALONE_S", 0.2)
-    monkeypatch.setattr(drag_probe, "_products", lambda: work)
-    working = threading.Event()
-
-    def read(*_: object) -> int:
-        time.sleep(0.04 if working.is_set() else 0.02)
-        return 0
-
-    def work() -> None:
-        working.set()
-        time.sleep(0.1)
-        working.clear()
-
-    monkeypatch.setattr(SpillFile, "read", read)
+    monkeypatch.setattr(drag_probe, "_products", lambda: half_pace)
     assert 0.4 < beside_share(tmp_path) < 0.7
+
+
+@pytest.mark.parametrize(("device", "share"), [("cpu", 0.7), ("cuda", 1.0)])
+def test_a_gpu_that_computes_takes_nothing_from_the_disk(device: str, share: float) -> None:
+    measured = replace(MACHINE, beside_share=0.7)
+    place = Place(torch.device(device), None, own_memory=True)
+    given: Any = SimpleNamespace(disk=Path(), place=place)
+    found = api._machine(given, Tuning(machine=measured))
+    assert found == replace(measured, beside_share=share)
 
 
 @pytest.mark.usefixtures("quick")

@@ -15,6 +15,7 @@ from torch import nn
 
 import offload
 from offload.spins import ShortSpins
+from offload.steps import Kind
 from tests.conftest import MACHINE
 
 
@@ -97,6 +98,35 @@ def test_it_is_there_while_plans_move_chunks(
     run.close()
     assert not run.parts.spins.on
     assert until(0)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_evaluation_that_fits_does_not_decide_for_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload.api.cached_probe", lambda folder: MACHINE)
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    offload.wrap(model, optimizer, host_memory="6MiB", disk=tmp_path)
+    run = offload.runtime(model)
+
+    def steps(count: int) -> bool:
+        for _ in range(count):
+            model(torch.ones(2, 256)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return run.parts.spins.on
+
+    assert steps(12)
+    for _ in range(4):
+        with torch.no_grad():
+            model(torch.ones(2, 256))
+    evaluation = run.parts.steps.tracks[Kind.INFER].forecast
+    assert evaluation is not None
+    assert evaluation.moved_bytes == 0
+    assert not run.parts.spins.on
+    assert steps(1)
+    run.close()
 
 
 def test_one_thread_spins_for_nobody() -> None:
